@@ -1,0 +1,82 @@
+"""The compiled kernels: loading, registration with XLA, and the choice between them and pure JAX."""
+
+import contextlib
+import contextvars
+import importlib
+import os
+from collections.abc import Iterator
+
+import jax
+
+CHOICES = ("auto", "ffi", "xla")
+ENVIRONMENT_VARIABLE = "QLORA_JAX_KERNELS"
+# One target name for every platform: XLA picks the handler registered for the platform it compiles for.
+MATMUL_TARGET = "qlora_jax_nf4_matmul"
+MATMUL_DX_TARGET = "qlora_jax_nf4_matmul_dx"
+
+_MODULES = {"cpu": "qlora_jax._lib._cpu"}
+_override: contextvars.ContextVar[str | None] = contextvars.ContextVar("qlora_jax_kernels", default=None)
+
+
+def _load() -> dict[str, str]:
+    """Registers what was built; a module that is missing or does not load leaves its reason."""
+    report = {}
+    for platform, module_name in _MODULES.items():
+        try:
+            module = importlib.import_module(module_name)
+            for target, capsule in module.registrations().items():
+                jax.ffi.register_ffi_target(target, capsule, platform=platform)
+        except Exception as error:
+            report[platform] = f"not loaded: {error}"
+        else:
+            report[platform] = "loaded"
+    return report
+
+
+_REPORT = _load()
+
+
+def kernel_report() -> dict[str, str]:
+    """For each platform "loaded", or why its compiled kernels are not there."""
+    return dict(_REPORT)
+
+
+@contextlib.contextmanager
+def use_kernels(choice: str) -> Iterator[None]:
+    """Overrides the choice of kernels for what is traced inside the block.
+
+    Args:
+      choice: "ffi" (the compiled kernels), "xla" (dequantize and multiply in pure JAX) or "auto". A function that
+        `jax.jit` has compiled already keeps what it was compiled with.
+
+    Raises:
+      ValueError: another word.
+    """
+    token = _override.set(_check(choice, "use_kernels"))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def chosen_kernels() -> str:
+    """Either "ffi" or "xla": the override, else QLORA_JAX_KERNELS, else the compiled kernels where they serve the backend.
+
+    Raises:
+      ValueError: QLORA_JAX_KERNELS holds another word.
+      RuntimeError: "ffi" was asked for, and the kernels are not there.
+    """
+    choice = _override.get() or _check(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+    platform = jax.default_backend()
+    status = _REPORT.get(platform, f"no kernels were built for {platform}")
+    if choice == "ffi" and status != "loaded":
+        raise RuntimeError(f"the compiled NF4 kernels were asked for on {platform}, but: {status}")
+    if choice == "auto":
+        return "ffi" if status == "loaded" else "xla"
+    return choice
+
+
+def _check(choice: str, source: str) -> str:
+    if choice not in CHOICES:
+        raise ValueError(f"{source} must be one of {', '.join(CHOICES)}, got {choice!r}")
+    return choice
