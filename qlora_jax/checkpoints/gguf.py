@@ -1,0 +1,265 @@
+"""GGUF files of LLaMA models (llama.cpp's format) in HF names, row order and config keys, over the `gguf` package.
+
+Mapping: llama.cpp's convert_hf_to_gguf.py, read backwards. Tensors come out with the bits that transformers' own
+`from_pretrained(..., gguf_file=...)` gives in bfloat16.
+"""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, ReaderTensor
+from gguf.quants import dequantize
+from jaxtyping import Float
+
+from qlora_jax.checkpoints.gguf_tokenizer import build_tokenizer
+from qlora_jax.checkpoints.source import sha256_of
+from qlora_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_CHUNK = 1 << 24  # elements dequantized at a time: 64 MiB of float32 beside the bfloat16 result
+
+_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_INNER = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+class GGUFCheckpoint:
+    """A LLaMA in a GGUF file; see `Checkpoint`. Every tensor is read as bfloat16 (rounded to nearest even)."""
+
+    def __init__(self, file: Path) -> None:
+        self.path = file
+        self._metadata, tensors = _open(file)
+        self._rope_factors = tensors.pop(_ROPE_FACTORS, None)
+        self._tensors = {hf_name(name, file): tensor for name, tensor in tensors.items()}
+        _check_types(file, tensors)
+        self.config = self._config()
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(size) for size in reversed(self._tensor(name).shape))
+
+    def dtype(self, name: str) -> np.dtype:
+        self._tensor(name)
+        return _BFLOAT16
+
+    def read(self, name: str) -> np.ndarray:
+        tensor = self._tensor(name)
+        shape = self.shape(name)
+        values = np.empty(shape, _BFLOAT16)
+        rows = max(1, _CHUNK // max(1, values.size // shape[0]))
+        for start in range(0, shape[0], rows):
+            values[start : start + rows] = dequantize(tensor.data[start : start + rows], tensor.tensor_type)
+        if ".q_proj." in name:
+            return unpermute(values, self.config["num_attention_heads"])
+        if ".k_proj." in name:
+            return unpermute(values, self.config["num_key_value_heads"])
+        return values
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        return build_tokenizer(self._metadata, self.path)
+
+    def fingerprint(self) -> str:
+        return sha256_of([self.path])
+
+    def _tensor(self, name: str) -> ReaderTensor:
+        if name not in self._tensors:
+            raise UserError(f"tensor {name!r} is missing in {self.path}", why="the GGUF file does not have it")
+        return self._tensors[name]
+
+    def _config(self) -> dict[str, Any]:
+        """HF's keys from the metadata; `gguf-dump FILE` shows them."""
+
+        def get(key: str, default: Any = None) -> Any:
+            value = self._metadata.get(f"llama.{key}", default)
+            if value is None:
+                raise UserError(f"{self.path} has no metadata llama.{key}", why="the model's shape follows from it")
+            if isinstance(value, list):
+                raise UserError(
+                    f"{self.path} has a list of values in llama.{key}",
+                    why="layers of different shapes are not supported",
+                )
+            return value
+
+        hidden, heads = get("embedding_length"), get("attention.head_count")
+        config = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "hidden_size": hidden,
+            "intermediate_size": get("feed_forward_length"),
+            "num_hidden_layers": get("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": get("attention.head_count_kv", heads),
+            "head_dim": get("attention.key_length", get("rope.dimension_count", hidden // heads)),
+            "max_position_embeddings": get("context_length"),
+            # Stored as float32; seven digits give back the decimal number that was meant (1e-05).
+            "rms_norm_eps": float(f"{get('attention.layer_norm_rms_epsilon'):.7g}"),
+            "rope_theta": float(get("rope.freq_base", 10000.0)),
+            "rope_scaling": self._rope_scaling(),
+            "vocab_size": self.shape("model.embed_tokens.weight")[0],
+            "tie_word_embeddings": "lm_head.weight" not in self._tensors,
+            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self._tensors,
+            "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in self._tensors,
+            "torch_dtype": "bfloat16",
+        }
+        for key, stored in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+            if (token := self._metadata.get(f"tokenizer.ggml.{stored}_token_id")) is not None:
+                config[f"{key}_token_id"] = token
+        return config
+
+    def _rope_scaling(self) -> dict[str, Any] | None:
+        kind = self._metadata.get("llama.rope.scaling.type", "none")
+        if kind != "none":
+            raise UserError(
+                f"unsupported rope scaling in {self.path}: {kind}",
+                why="rotary positions of GGUF files are read unscaled, or scaled as in Llama 3.1",
+                fix="model.path=FOLDER: the same model as an HF folder",
+            )
+        if self._rope_factors is None:
+            return None
+        factors = dequantize(self._rope_factors.data, self._rope_factors.tensor_type)
+        theta = self._metadata.get("llama.rope.freq_base", 10000.0)
+        scaling = {
+            "rope_type": "llama3",
+            "factor": float(factors.max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        if np.all(factors == 1.0):
+            return None
+        if not np.allclose(factors, llama3_factors(scaling, theta, 2 * factors.size), rtol=1e-4, atol=0.0):
+            raise UserError(
+                f"unsupported rope scaling in {self.path}",
+                why=f"the factors in {_ROPE_FACTORS} are not those of Llama 3.1",
+                fix="model.path=FOLDER: the same model as an HF folder",
+            )
+        return scaling
+
+
+def llama3_factors(scaling: dict[str, Any], theta: float, head_dim: int) -> Float[np.ndarray, " half"]:
+    """What llama.cpp's converter writes as rope_freqs.weight: the number that divides each rotary frequency.
+
+    Wavelengths below original/high_freq_factor keep their frequency, those above original/low_freq_factor are
+    slowed by `factor`, with a linear ramp between (Llama 3.1's rule).
+    """
+    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    smooth = (scaling["original_max_position_embeddings"] / wavelength - low) / (high - low)
+    smooth = np.clip(smooth, 0.0, 1.0)
+    return 1.0 / ((1.0 - smooth) / scaling["factor"] + smooth)
+
+
+def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a q or k projection (weight `[out, in]` or bias `[out]`) from llama.cpp's order to HF's.
+
+    llama.cpp rotates neighbouring rows of a head, HF its two halves: row 2j+p there is row j+p*d/2 here.
+    """
+    paired = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+    return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def hf_name(name: str, file: Path) -> str:
+    """HF name of a GGUF tensor. UserError: no such tensor in a dense LLaMA."""
+    outer, _, leaf = name.rpartition(".")
+    if outer in _OUTER and leaf == "weight":
+        return f"{_OUTER[outer]}.weight"
+    match = _BLOCK.fullmatch(name)
+    if match and match[2] in _INNER:
+        return f"model.layers.{match[1]}.{_INNER[match[2]]}.{match[3]}"
+    raise UserError(
+        f"unknown tensor {name!r} in {file}",
+        why="a LLaMA has no such tensor (mixtures of experts and fused projections are not supported)",
+        fix="model.path=FILE.gguf of a dense LLaMA",
+    )
+
+
+def _check_types(file: Path, tensors: dict[str, ReaderTensor]) -> None:
+    """Finds out, before anything is read, whether the package can dequantize every type in the file."""
+    first = {tensor.tensor_type: name for name, tensor in reversed(tensors.items())}
+    for kind, name in first.items():
+        try:
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        except NotImplementedError as error:
+            raise UserError(
+                f"unsupported quantization in {file}: tensor {name!r} is {kind.name}",
+                why="the gguf package cannot dequantize it",
+                fix="model.path=FILE.gguf of the same model as Q8_0, Q4_K_M or F16",
+            ) from error
+
+
+def _open(file: Path) -> tuple[dict[str, Any], dict[str, ReaderTensor]]:
+    """Metadata and tensors (memory-mapped) of a GGUF file of the llama architecture."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        magic = stream.read(4)
+    if magic != b"GGUF":
+        raise UserError(
+            f"{file} is not a GGUF file",
+            why=f"it starts with {magic!r}, not with b'GGUF' ({size} bytes)",
+            fix="model.path=FOLDER for an HF model, or FILE.gguf",
+        )
+    try:
+        reader = _Reader(file)
+    except _CutShort as error:
+        raise UserError(
+            f"{file} is truncated: tensor {error.tensor!r} should end at byte {error.end}, the file has {size} bytes",
+            why="a download or copy was cut short",
+            fix="fetch the file again",
+        ) from error
+    except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
+        raise UserError(
+            f"{file} is truncated or damaged: its header cannot be read ({size} bytes)",
+            why=f"{type(error).__name__}: {error}",
+            fix="fetch the file again",
+        ) from error
+    metadata = {key: field.contents() for key, field in reader.fields.items()}
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
+        raise UserError(
+            f"unsupported architecture in {file}: {architecture}",
+            why="llama is the one supported here",
+            fix="model.path=FILE.gguf of a LLaMA",
+        )
+    return metadata, {tensor.name: tensor for tensor in reader.tensors}
+
+
+class _CutShort(Exception):
+    def __init__(self, tensor: str, end: int) -> None:
+        super().__init__(tensor, end)
+        self.tensor, self.end = tensor, end
+
+
+class _Reader(GGUFReader):
+    """The package's reader, which names the first tensor that the file does not hold whole."""
+
+    def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+        ends = []
+        for field in fields:
+            *_, dims, kind, offset = field.parts
+            block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(int(kind[0]))]
+            size = int(np.prod(dims, dtype=np.int64)) // block * block_bytes
+            ends.append((int(start_offs) + int(offset[0]) + size, field.name))
+        for end, name in sorted(ends):
+            if end > self.data.size:
+                raise _CutShort(name, end)
+        super()._build_tensors(start_offs, fields)

@@ -1,0 +1,139 @@
+"""The tokenizer inside a GGUF file, rebuilt for transformers without torch.
+
+Two kinds: byte-level BPE ("gpt2": Llama 3, SmolLM) with its merges, and SentencePiece BPE ("llama": Llama 2,
+TinyLlama), whose merges follow from the scores of its pieces.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from tokenizers.pre_tokenizers import PreTokenizer
+    from transformers import PreTrainedTokenizerFast
+
+_CONTROL, _USER_DEFINED = 3, 4  # gguf.TokenType
+_DIGITS_THEN_GPT2 = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone")
+_GPT2 = ("default", "gpt-2", "gpt2")
+_LLAMA3 = ("llama3", "llama-v3", "llama-bpe")
+# Llama 3's own pattern, as in its tokenizer.json.
+_LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def build_tokenizer(metadata: dict[str, Any], file: Path) -> "PreTrainedTokenizerFast":
+    """A fast tokenizer with special tokens and chat template, from `tokenizer.ggml.*` and `tokenizer.chat_template`.
+
+    Raises:
+      UserError: the file has no tokenizer, or one of a kind that is not known here.
+    """
+    from tokenizers import AddedToken, processors
+    from transformers import PreTrainedTokenizerFast
+
+    kind, tokens = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.tokens")
+    if kind is None or not tokens:
+        raise UserError(f"no tokenizer in {file}", why="the metadata has no tokenizer.ggml.model and tokens")
+    if kind not in ("gpt2", "llama"):
+        raise UserError(
+            f"unsupported tokenizer in {file}: {kind}",
+            why="byte-level BPE (gpt2) and SentencePiece BPE (llama) are the ones supported",
+            fix="model.path=FOLDER: the same model as an HF folder",
+        )
+    rebuilt = _byte_level(metadata, file) if kind == "gpt2" else _sentencepiece(metadata)
+    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    rebuilt.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token, t in zip(tokens, types, strict=True) if t == _CONTROL]
+    )
+    rebuilt.add_tokens(
+        [AddedToken(token, normalized=False) for token, t in zip(tokens, types, strict=True) if t == _USER_DEFINED]
+    )
+    special = {}
+    for role, stored in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        index = metadata.get(f"tokenizer.ggml.{stored}_token_id")
+        if index is not None and 0 <= index < len(tokens):
+            special[f"{role}_token"] = tokens[index]
+    # llama.cpp's defaults where the key is absent: BOS for SentencePiece and Llama 3, none for other BPE.
+    starts = kind == "llama" or metadata.get("tokenizer.ggml.pre") in _LLAMA3
+    if metadata.get("tokenizer.ggml.add_bos_token", starts) and "bos_token" in special:
+        bos = special["bos_token"]
+        start = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, rebuilt.token_to_id(bos))]
+        )
+        byte_level = [processors.ByteLevel(trim_offsets=False)] if kind == "gpt2" else []
+        rebuilt.post_processor = processors.Sequence([*byte_level, start])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=rebuilt,
+        chat_template=metadata.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+
+
+def _byte_level(metadata: dict[str, Any], file: Path) -> "Tokenizer":
+    from tokenizers import Tokenizer, decoders, models
+
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    vocabulary = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    # A merge is "left right"; byte-level pieces hold no space.
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", ())]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _LLAMA3))
+    tokenizer.pre_tokenizer = _splits(pre, bool(metadata.get("tokenizer.ggml.add_space_prefix", False)), file)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _splits(pre: str, prefix: bool, file: Path) -> "PreTokenizer":
+    from tokenizers import Regex, pre_tokenizers
+
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    if pre in _GPT2:
+        return gpt2
+    if pre in _DIGITS_THEN_GPT2:
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
+    if pre in _LLAMA3:
+        split = pre_tokenizers.Split(Regex(_LLAMA3_PATTERN), behavior="isolated")
+        return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    raise UserError(
+        f"unsupported pre-tokenizer in {file}: {pre}",
+        why=f"known are {', '.join((*_GPT2, *_DIGITS_THEN_GPT2, *_LLAMA3))}; another would split words wrongly",
+        fix="model.path=FOLDER: the same model as an HF folder",
+    )
+
+
+def _sentencepiece(metadata: dict[str, Any]) -> "Tokenizer":
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=_merges(vocabulary, scores),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    steps = [normalizers.Prepend("▁")] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    stripped = [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *stripped]
+    )
+    return tokenizer
+
+
+def _merges(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+    """Every way to put a piece together from two others, best score first: SentencePiece merges in that order."""
+    found = []
+    for piece, index in vocabulary.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in vocabulary and right in vocabulary:
+                found.append((-scores[index], index, vocabulary[left], vocabulary[right], left, right))
+    return [(left, right) for *_, left, right in sorted(found)]
