@@ -2,9 +2,12 @@
 
 import contextlib
 import contextvars
-import importlib
+import importlib.machinery
+import importlib.metadata
+import importlib.util
 import os
 from collections.abc import Iterator
+from types import ModuleType
 
 import jax
 
@@ -18,12 +21,33 @@ _MODULES = {"cpu": "qlora_jax._lib._cpu"}
 _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("qlora_jax_kernels", default=None)
 
 
+def _find(module_name: str) -> ModuleType:
+    """The extension beside this package, else the one that pip installed.
+
+    `python -m qlora_jax.train` inside a clone takes the clone's source folder, which holds no compiled libraries,
+    although the installed package does.
+    """
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as missing:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            stem = module_name.replace(".", "/")
+            for file in importlib.metadata.files("qlora-jax") or ():
+                if str(file).startswith(stem) and file.name.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES)):
+                    spec = importlib.util.spec_from_file_location(module_name, str(file.locate()))
+                    if spec is not None and spec.loader is not None:
+                        module = importlib.util.module_from_spec(spec)
+                        spec.loader.exec_module(module)
+                        return module
+        raise missing
+
+
 def _load() -> dict[str, str]:
     """Registers what was built; a module that is missing or does not load leaves its reason."""
     report = {}
     for platform, module_name in _MODULES.items():
         try:
-            module = importlib.import_module(module_name)
+            module = _find(module_name)
             for target, capsule in module.registrations().items():
                 jax.ffi.register_ffi_target(target, capsule, platform=platform)
         except Exception as error:

@@ -46,7 +46,9 @@ def nf4_matmul(x: Float[Array, "*batch in"], w: NF4Tensor) -> Float[Array, "*bat
     in_features, out_features = _extents(w)
     if x.ndim == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x of shape {x.shape} does not fit a weight of shape [in={in_features}, out={out_features}]")
-    return _matmul(x, w)
+    # In shard_map an x that is equal on all devices meets a weight that is not: its gradient is a sum over devices,
+    # which the transpose of this cast does.
+    return _matmul(_vary_like(x, w), w)
 
 
 @jax.custom_vjp
@@ -143,9 +145,17 @@ def _product_ffi(x: Array, w: NF4Tensor, target: str, result: jax.ShapeDtypeStru
         weight_dtype=np.int64(_WEIGHT_DTYPES[w.dtype]),
     )
     # Inside shard_map a foreign call's result is typed as equal on all devices; it varies where an operand does.
-    varying = set().union(*(jax.typeof(operand).manual_axis_type.varying for operand in operands))
-    missing = tuple(sorted(varying - set(jax.typeof(y).manual_axis_type.varying)))
-    return jax.lax.pcast(y, missing, to="varying") if missing else y
+    return _vary_like(y, operands)
+
+
+def _vary_like(x: Array, others: Any) -> Array:
+    """Casts x to vary over every mesh axis of shard_map over which one of `others` varies; itself elsewhere."""
+
+    def axes(array: Array) -> set[str]:
+        return set(jax.typeof(array).manual_axis_type.varying)
+
+    missing = set().union(*(axes(leaf) for leaf in jax.tree.leaves(others))) - axes(x)
+    return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 
 def _extents(w: NF4Tensor) -> tuple[int, int]:
