@@ -28,6 +28,7 @@ def _fill(values: Any, key: str, default: float, *, unless: str) -> Any:
 
 Int = Annotated[int, BeforeValidator(_not_a_bool)]
 Float = Annotated[float, BeforeValidator(_not_a_bool)]
+Beta = Annotated[Float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -67,15 +68,15 @@ class LoraSection(Section):
         16, ge=1, description="Rank of the adapters. Higher can learn more; memory and adapter file grow with it."
     )
     alpha: Float = Field(
-        32.0, gt=0, description="The adapters' output is scaled by alpha / rank. Higher acts like a higher learning rate."
+        32.0, gt=0, description="The adapters' output is scaled by alpha / rank; acts like a learning rate."
     )
     dropout: Float = Field(
-        0.0, ge=0, lt=1, description="Share of the adapters' inputs zeroed while training. 0.05 to 0.1 helps small data sets."
+        0.0, ge=0, lt=1, description="Share of the adapters' inputs zeroed while training. 0.05 helps small data."
     )
     targets: list[str] | None = Field(
         None,
         min_length=1,
-        description="Which linears get adapters, e.g. [q_proj, v_proj]. null: all seven of every block, which the QLoRA "
+        description="Which linears get adapters, e.g. [q_proj, v_proj]. null: every linear of a block, which the QLoRA "
         "paper found is needed to match full finetuning.",
     )
 
@@ -108,10 +109,11 @@ class DataSection(Section):
     def _one_held_out_set(self) -> Self:
         if self.eval_path is not None and self.eval_split is not None:
             raise ValueError(
-                f"eval_path={self.eval_path} and eval_split={self.eval_split:g} both name the held-out rows; give one"
+                f"data.eval_path={self.eval_path} and data.eval_split={self.eval_split:g} both name the held-out rows; "
+                "give one"
             )
         if self.eval_split is not None and self.eval_split >= 1 and self.eval_split != int(self.eval_split):
-            raise ValueError(f"eval_split={self.eval_split:g} is neither a fraction below 1 nor a whole number of rows")
+            raise ValueError(f"data.eval_split={self.eval_split:g} is neither a fraction below 1 nor a number of rows")
         return self
 
 
@@ -123,10 +125,10 @@ class OptimSection(Section):
         "constant", description="After the warm-up: stay at the peak, or fall to 0 by the last step."
     )
     warmup_steps: Int = Field(
-        10, ge=0, description="Steps over which the learning rate rises from 0. Protects the first steps from overshooting."
+        10, ge=0, description="Steps over which the learning rate rises from 0; keeps the start calm."
     )
     weight_decay: Float = Field(0.0, ge=0, description="AdamW's decay of the adapters. Rarely needed.")
-    betas: tuple[Float, Float] = Field((0.9, 0.999), description="Adam's averaging of gradient and squared gradient.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Adam's averaging of gradient and squared gradient.")
     eps: Float = Field(1e-8, gt=0, description="Added to Adam's denominator.")
     clip: Float | None = Field(
         0.3, gt=0, description="Largest global norm of the gradient; longer ones are scaled down. null: never."
@@ -140,12 +142,6 @@ class OptimSection(Section):
         64 * 2**20, gt=0, description="Size of a page. Smaller saves device memory, larger moves fewer pieces."
     )
 
-    @model_validator(mode="after")
-    def _betas_are_averages(self) -> Self:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError("both betas must be at least 0 and below 1")
-        return self
-
 
 class TrainSection(Section):
     steps: Int | None = Field(
@@ -155,7 +151,7 @@ class TrainSection(Section):
         None, gt=0, description=f"Passes over the data, where train.steps is not given. null: {DEFAULT_EPOCHS:g}."
     )
     batch_size: Int = Field(
-        8, ge=1, description="Rows in one forward pass (packed rows, where packing is on). Activation memory grows with it."
+        8, ge=1, description="Rows in one forward pass (packed ones, where packing is on). Memory grows with it."
     )
     accumulation: Int = Field(
         1,
@@ -168,8 +164,8 @@ class TrainSection(Section):
     )
     packing: bool = Field(
         True,
-        description="Put several examples in one row, each unable to see the others. Off: one example per row, the rest "
-        "padding, often 3x slower.",
+        description="Put several examples in one row, none sees another. Off: one example per row, the rest padding, "
+        "often 3x slower.",
     )
     remat: bool = Field(
         True, description="Recompute each block in the backward pass: a third more work for far less activation memory."
@@ -183,7 +179,7 @@ class TrainSection(Section):
     @model_validator(mode="after")
     def _one_measure_of_length(self) -> Self:
         if self.steps is not None and self.epochs is not None:
-            raise ValueError(f"steps={self.steps} and epochs={self.epochs:g} both set the length; give one")
+            raise ValueError(f"train.steps={self.steps} and train.epochs={self.epochs:g} both set the length; give one")
         return self
 
 
@@ -191,8 +187,8 @@ class EvalSection(Section):
     every: Int = Field(
         50, ge=1, description="Steps between evaluations. Step 0 and the last step are always evaluated."
     )
-    rows: Int | None = Field(None, ge=1, description="Evaluate only the first so many held-out rows. null: all of them.")
-    batch_size: Int = Field(8, ge=1, description="Rows in one forward pass of an evaluation; changes speed and memory only.")
+    rows: Int | None = Field(None, ge=1, description="Evaluate only the first held-out rows, so many. null: all.")
+    batch_size: Int = Field(8, ge=1, description="Rows per forward pass of an evaluation: speed and memory only.")
     samples: Int = Field(
         0, ge=0, description="Held-out prompts answered before and after training, to see what changed. Costs time."
     )
@@ -207,7 +203,7 @@ class CheckpointSection(Section):
 
 
 class LogSection(Section):
-    every: Int = Field(1, ge=1, description="Steps between printed lines. metrics.jsonl has every step whatever this is.")
+    every: Int = Field(1, ge=1, description="Steps between printed lines. metrics.jsonl has every step anyway.")
     tensorboard: Literal["auto"] | bool = Field(
         "auto", description="Write RUN/tensorboard. auto: where tensorboardX is installed (the `log` extra)."
     )
@@ -224,7 +220,7 @@ class TrainConfig(Section):
         description="Continue the run in output_dir from its newest checkpoint, exactly as if it had never stopped. "
         "Only train.steps, *.every and log.* may differ from before.",
     )
-    seed: Int = Field(0, ge=0, lt=2**32, description="Adapters' start, order of the rows, dropout. Same seed, same run.")
+    seed: Int = Field(0, ge=0, lt=2**32, description="Adapters' start, rows' order, dropout. Same seed, same run.")
     model: ModelSection = ModelSection()  # type: ignore[call-arg]
     quant: QuantSection = QuantSection()  # type: ignore[call-arg]
     lora: LoraSection = LoraSection()  # type: ignore[call-arg]

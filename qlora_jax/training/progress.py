@@ -53,7 +53,8 @@ class Progress:
         eval_loss: float | None = None,
     ) -> None:
         """Shows a finished step. What is None is left out."""
-        self._ends.append((step, self._clock()))
+        if loss is not None:
+            self._ends.append((step, self._clock()))
         left = self.seconds_left()
         parts = [
             f"step {step}/{self._total}",

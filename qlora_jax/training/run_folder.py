@@ -1,6 +1,6 @@
 """The folder of a run: what is in it, when it may be written, and how its files survive a crash.
 
-    config.yaml  environment.json  metrics.jsonl  checkpoints/<step>/  adapter/  report.json  loss.png  tensorboard/
+config.yaml  environment.json  metrics.jsonl  checkpoints/<step>/  adapter/  report.json  loss.png  tensorboard/
 """
 
 import json
@@ -19,6 +19,7 @@ from qlora_jax.errors import UserError
 from qlora_jax.training.config import TrainConfig
 
 _PACKAGES = ("qlora-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+_VARIABLES = ("XLA_", "JAX_", "QLORA_")
 
 
 class RunFolder:
@@ -190,7 +191,7 @@ def describe_environment() -> dict[str, Any]:
         "backend": jax.default_backend(),
         "devices": [device.device_kind for device in jax.devices()],
         "kernels": kernel_report(),
-        "environment": {key: os.environ[key] for key in sorted(os.environ) if key.startswith(("XLA_", "JAX_", "QLORA_"))},
+        "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith(_VARIABLES)},
     }
 
 
