@@ -20,7 +20,8 @@ _GPT2 = ("default", "gpt-2", "gpt2")
 _LLAMA3 = ("llama3", "llama-v3", "llama-bpe")
 # Llama 3's own pattern, as in its tokenizer.json.
 _LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -33,36 +34,34 @@ def build_tokenizer(metadata: dict[str, Any], file: Path) -> "PreTrainedTokenize
     from tokenizers import AddedToken, processors
     from transformers import PreTrainedTokenizerFast
 
-    kind, tokens = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.tokens")
-    if kind is None or not tokens:
+    model, tokens = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.tokens")
+    if model is None or not tokens:
         raise UserError(f"no tokenizer in {file}", why="the metadata has no tokenizer.ggml.model and tokens")
-    if kind not in ("gpt2", "llama"):
+    if model not in ("gpt2", "llama"):
         raise UserError(
-            f"unsupported tokenizer in {file}: {kind}",
+            f"unsupported tokenizer in {file}: {model}",
             why="byte-level BPE (gpt2) and SentencePiece BPE (llama) are the ones supported",
             fix="model.path=FOLDER: the same model as an HF folder",
         )
-    rebuilt = _byte_level(metadata, file) if kind == "gpt2" else _sentencepiece(metadata)
-    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    rebuilt = _byte_level(metadata, file) if model == "gpt2" else _sentencepiece(metadata)
+    typed = list(zip(tokens, metadata.get("tokenizer.ggml.token_type") or [], strict=False))
     rebuilt.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token, t in zip(tokens, types, strict=True) if t == _CONTROL]
+        [AddedToken(token, normalized=False, special=True) for token, kind in typed if kind == _CONTROL]
     )
-    rebuilt.add_tokens(
-        [AddedToken(token, normalized=False) for token, t in zip(tokens, types, strict=True) if t == _USER_DEFINED]
-    )
+    rebuilt.add_tokens([AddedToken(token, normalized=False) for token, kind in typed if kind == _USER_DEFINED])
     special = {}
     for role, stored in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
         index = metadata.get(f"tokenizer.ggml.{stored}_token_id")
         if index is not None and 0 <= index < len(tokens):
             special[f"{role}_token"] = tokens[index]
     # llama.cpp's defaults where the key is absent: BOS for SentencePiece and Llama 3, none for other BPE.
-    starts = kind == "llama" or metadata.get("tokenizer.ggml.pre") in _LLAMA3
+    starts = model == "llama" or metadata.get("tokenizer.ggml.pre") in _LLAMA3
     if metadata.get("tokenizer.ggml.add_bos_token", starts) and "bos_token" in special:
         bos = special["bos_token"]
         start = processors.TemplateProcessing(
             single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, rebuilt.token_to_id(bos))]
         )
-        byte_level = [processors.ByteLevel(trim_offsets=False)] if kind == "gpt2" else []
+        byte_level = [processors.ByteLevel(trim_offsets=False)] if model == "gpt2" else []
         rebuilt.post_processor = processors.Sequence([*byte_level, start])
     return PreTrainedTokenizerFast(
         tokenizer_object=rebuilt,

@@ -162,7 +162,8 @@ def _normalised(raw: dict[str, Any]) -> dict[str, Any]:
     theta = rope.pop("rope_theta", None)
     config["rope_theta"] = float(theta if theta is not None else config.get("rope_theta") or 10000.0)
     config["rope_scaling"] = None if rope_type == "default" else {"rope_type": rope_type, **rope}
-    config["torch_dtype"] = str(config.pop("dtype", None) or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    dtype = config.pop("dtype", None) or config.get("torch_dtype") or "float32"
+    config["torch_dtype"] = str(dtype).removeprefix("torch.")
     heads = config["num_attention_heads"]
     config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
     config["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
@@ -199,7 +200,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
             why="reading a pickle runs the code inside it, and needs torch",
             fix="convert it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER) in transformers",
         )
-    raise UserError(f"no weights in {folder}", why="neither model.safetensors nor model.safetensors.index.json is there")
+    raise UserError(f"no weights in {folder}", why="it has neither model.safetensors nor an index of shards")
 
 
 def read_header(file: Path) -> dict[str, _Tensor]:

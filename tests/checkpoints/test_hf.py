@@ -1,0 +1,249 @@
+import hashlib
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from qlora_jax.checkpoints import open_checkpoint
+from qlora_jax.errors import UserError
+
+
+def raw_tensors(file):
+    """The tensors of a safetensors file read by its specification: length, JSON header, bytes."""
+    data = file.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header.pop("__metadata__", None)
+    kinds = {"BF16": ml_dtypes.bfloat16, "F32": np.float32, "F16": np.float16}
+    return {
+        name: np.frombuffer(data[start:][slice(*entry["data_offsets"])], kinds[entry["dtype"]]).reshape(entry["shape"])
+        for name, entry in header.items()
+    }
+
+
+def shard(folder, count=3):
+    """Splits model.safetensors into shards and writes the index, as transformers names them."""
+    tensors = raw_tensors(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for i in range(count):
+        name = f"model-{i + 1:05}-of-{count:05}.safetensors"
+        part = {key: tensors[key].copy() for key in sorted(tensors)[i::count]}
+        save_file(part, folder / name)
+        weight_map |= dict.fromkeys(part, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return tensors
+
+
+def assert_same_bits(checkpoint, expected):
+    assert sorted(checkpoint.names()) == sorted(expected)
+    for name, tensor in expected.items():
+        read = checkpoint.read(name)
+        assert read.dtype == tensor.dtype == checkpoint.dtype(name)
+        assert read.shape == tensor.shape == checkpoint.shape(name)
+        assert read.tobytes() == tensor.tobytes()
+
+
+def test_single_file_is_read_bit_for_bit(tiny_folder):
+    checkpoint = open_checkpoint(str(tiny_folder))
+    assert_same_bits(checkpoint, raw_tensors(tiny_folder / "model.safetensors"))
+    assert len(checkpoint.names()) == 21
+    assert checkpoint.fingerprint() == hashlib.sha256((tiny_folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_shards_are_read_bit_for_bit(tiny_folder):
+    expected = shard(tiny_folder)
+    checkpoint = open_checkpoint(tiny_folder)
+    assert_same_bits(checkpoint, expected)
+    joined = b"".join(file.read_bytes() for file in sorted(tiny_folder.glob("model-*.safetensors")))
+    assert checkpoint.fingerprint() == hashlib.sha256(joined).hexdigest()
+
+
+def test_float16_and_float32_keep_their_dtype(tiny_folder):
+    tensors = raw_tensors(tiny_folder / "model.safetensors")
+    tensors = {name: tensor.astype(np.float32 if "norm" in name else np.float16) for name, tensor in tensors.items()}
+    save_file(tensors, tiny_folder / "model.safetensors")
+    assert_same_bits(open_checkpoint(tiny_folder), tensors)
+
+
+def test_both_spellings_of_the_configuration_read_alike(tiny_folder, edit_config):
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    edit_config(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **scaling}, dtype="float16")
+    new = open_checkpoint(tiny_folder).config
+    edit_config(rope_parameters=None, dtype=None, rope_theta=500000, torch_dtype="float16")
+    edit_config(rope_scaling={"type": "llama3", **scaling})
+    old = open_checkpoint(tiny_folder).config
+    assert new == old
+    assert new["rope_theta"] == 5e5
+    assert new["rope_scaling"] == {"rope_type": "llama3", **scaling}
+    assert new["torch_dtype"] == "float16"
+
+
+def test_what_a_config_leaves_out_is_filled_in(tiny_folder, edit_config):
+    edit_config(rope_parameters=None, dtype=None, num_key_value_heads=None, head_dim=None, attention_bias=None)
+    edit_config(tie_word_embeddings=None, mlp_bias=None)
+    config = open_checkpoint(tiny_folder).config
+    assert (config["rope_theta"], config["rope_scaling"]) == (10000.0, None)
+    assert (config["num_key_value_heads"], config["head_dim"]) == (4, 32)
+    assert [config[key] for key in ("tie_word_embeddings", "attention_bias", "mlp_bias")] == [False] * 3
+
+
+def test_a_tied_head_and_derived_buffers_are_not_listed(tiny_folder, edit_config):
+    tensors = raw_tensors(tiny_folder / "model.safetensors")
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file(tensors | {buffer: np.ones(16, np.float32)}, tiny_folder / "model.safetensors")
+    edit_config(tie_word_embeddings=True)
+    assert sorted(open_checkpoint(tiny_folder).names()) == sorted(tensors.keys() - {"lm_head.weight"})
+
+
+def test_tokenizer_with_chat_template(tiny_folder):
+    with pytest.raises(UserError, match=r"no tokenizer in .*model"):
+        open_checkpoint(tiny_folder).tokenizer()
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "hello": 1, "there": 2}, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tiny_folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<s>"}
+    (tiny_folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tiny_folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    read = open_checkpoint(tiny_folder).tokenizer()
+    assert read("hello there").input_ids == [1, 2]
+    assert read.apply_chat_template([{"role": "user", "content": "there"}], tokenize=False) == "there"
+
+
+# ---- what a user can get wrong
+
+
+def message(path):
+    with pytest.raises(UserError) as caught:
+        open_checkpoint(path)
+    return str(caught.value)
+
+
+def test_nothing_there(tmp_path):
+    assert "no such folder or file: nowhere" in message("nowhere")
+    assert f"no such folder or file: {tmp_path}/a/b" in message(tmp_path / "a/b")
+
+
+def test_hub_name_without_network(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    text = message("some-org/no-such-model")
+    assert "some-org/no-such-model" in text
+    assert "Hugging Face hub" in text
+    assert "model.path=FOLDER" in text
+
+
+def test_one_file_of_a_folder(tiny_folder):
+    assert f"model.path={tiny_folder}" in message(tiny_folder / "model.safetensors")
+
+
+def test_missing_config_points_to_a_gguf_file_beside_it(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    text = message(tmp_path)
+    assert "no config.json" in text
+    assert f"model.path={tmp_path / 'm.gguf'}" in text
+
+
+def test_broken_config(tiny_folder, edit_config):
+    assert "hidden_size (None)" in message(edit_config(hidden_size=None))
+    assert "num_attention_heads ('four')" in message(edit_config(hidden_size=128, num_attention_heads="four"))
+    (tiny_folder / "config.json").write_text("{not json")
+    assert "config.json is not valid JSON" in message(tiny_folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "mistral", "architectures": ["MistralForCausalLM"]},
+        {"architectures": ["LlamaForSequenceClassification"]},
+    ],
+)
+def test_unsupported_architecture(edit_config, changes):
+    text = message(edit_config(**changes))
+    assert "unsupported architecture" in text
+    assert changes["architectures"][0] in text
+    assert "LlamaForCausalLM" in text
+
+
+def test_prequantized_folder(golden_dir):
+    text = message(golden_dir / "interop" / "tiny_llama_bnb4")
+    assert "bitsandbytes" in text
+    assert "not supported yet" in text
+
+
+def test_quantized_tensor_without_a_quantization_config(tiny_folder):
+    tensors = raw_tensors(tiny_folder / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": np.zeros(4, np.uint8)}, tiny_folder / "model.safetensors")
+    text = message(tiny_folder)
+    assert "'model.norm.weight'" in text
+    assert "U8" in text
+
+
+def test_missing_shard(tiny_folder):
+    shard(tiny_folder)
+    (tiny_folder / "model-00002-of-00003.safetensors").unlink()
+    text = message(tiny_folder)
+    assert "missing shard" in text
+    assert "model-00002-of-00003.safetensors" in text
+
+
+def test_tensor_missing_in_its_shard(tiny_folder):
+    shard(tiny_folder)
+    file = tiny_folder / "model-00001-of-00003.safetensors"
+    tensors = {name: tensor.copy() for name, tensor in raw_tensors(file).items()}
+    lost = sorted(tensors)[1]
+    del tensors[lost]
+    save_file(tensors, file)
+    text = message(tiny_folder)
+    assert repr(lost) in text
+    assert file.name in text
+
+
+def test_tensor_missing_altogether(tiny_folder):
+    checkpoint = open_checkpoint(tiny_folder)
+    for ask in (checkpoint.read, checkpoint.shape, checkpoint.dtype):
+        with pytest.raises(UserError, match=r"(?s)'model\.nothing' is missing in .*model\.safetensors"):
+            ask("model.nothing")
+
+
+@pytest.mark.parametrize("bytes_left", [0, 5, 100])
+def test_truncated_header(tiny_folder, bytes_left):
+    file = tiny_folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:bytes_left])
+    text = message(tiny_folder)
+    assert str(file) in text
+    assert "truncated" in text
+
+
+def test_truncated_data_names_the_first_tensor_cut_off(tiny_folder):
+    file = tiny_folder / "model.safetensors"
+    data = file.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    begin, end = header["model.layers.1.mlp.up_proj.weight"]["data_offsets"]
+    file.write_bytes(data[: start + (begin + end) // 2])
+    text = message(tiny_folder)
+    assert f"{file} is truncated" in text
+    assert "'model.layers.1.mlp.up_proj.weight'" in text
+
+
+def test_header_that_is_not_json(tiny_folder):
+    file = tiny_folder / "model.safetensors"
+    file.write_bytes((4).to_bytes(8, "little") + b"oops" + bytes(100))
+    assert f"{file} cannot be read as safetensors" in message(tiny_folder)
+
+
+def test_git_lfs_pointer(tiny_folder):
+    (tiny_folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    assert "git lfs pull" in message(tiny_folder)
+
+
+def test_pickles_and_no_weights(tiny_folder):
+    (tiny_folder / "model.safetensors").unlink()
+    assert "no weights in" in message(tiny_folder)
+    (tiny_folder / "pytorch_model.bin").write_bytes(b"")
+    text = message(tiny_folder)
+    assert "pytorch_model.bin" in text
+    assert "save_pretrained" in text
