@@ -165,7 +165,7 @@ class TrainSection(Section):
     packing: bool = Field(
         True,
         description="Put several examples in one row, none sees another. Off: one example per row, the rest padding, "
-        "often 3x slower.",
+        "which is computed too.",
     )
     remat: bool = Field(
         True, description="Recompute each block in the backward pass: a third more work for far less activation memory."
