@@ -1,4 +1,4 @@
-"""Bytes and values against bitsandbytes' (tests/golden/README.md): design table rows "packed bytes", "dequantize", "8-bit codes"."""
+"""Bytes and values against bitsandbytes' (tests/golden/README.md): rows "packed bytes", "dequantize", "8-bit codes"."""
 
 import dataclasses
 import hashlib

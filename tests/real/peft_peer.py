@@ -3,7 +3,8 @@
     python tests/real/peft_peer.py --model HF_FOLDER --rows FOLDER --weights nf4 --seed 0 --steps 40 --eval-at 0 40
 
 `--rows` holds train.jsonl and eval.jsonl with `instruction` and `output`. Prints one JSON object: eval losses by step.
-The settings are those of compare_with_peft.py. The model stays in train() mode: bitsandbytes' CPU inference path repacks
+`--rows` holds train.jsonl and eval.jsonl with `instruction` and `output`. Prints one JSON object: eval losses by step,
+the median step time, versions.
 its weights in place.
 """
 
