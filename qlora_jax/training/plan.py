@@ -1,0 +1,148 @@
+"""What a run will do and hold, known before any weight is loaded: the start-up lines, and `--dry-run`."""
+
+import difflib
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_jax.errors import UserError
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.dataset import Dataset
+
+if TYPE_CHECKING:
+    from qlora_jax.checkpoints.source import Checkpoint
+    from qlora_jax.data.rendering import Example
+
+_BLOCK_LINEAR = re.compile(r"model\.layers\.\d+\.(.+)\.weight")
+_ACTIVATION_BYTES = {"bfloat16": 2, "float32": 4}
+_SCALE_GROUP = 256  # scales that share one second-level scale under double quantization
+_PROBED_BATCHES = 200
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Counts and bytes of a model about to be trained."""
+
+    parameters: int
+    trained: int
+    weight_bytes: int
+    adapter_bytes: int
+    optimizer_bytes: int
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over the rows: batches, and the share of their tokens that is not padding."""
+
+    batches: int
+    fill: float
+
+
+def measure_model(checkpoint: "Checkpoint", config: TrainConfig) -> Sizes:
+    """Sizes from the shapes in the checkpoint's headers.
+
+    Raises:
+      UserError: lora.targets names something that is no linear of a block.
+    """
+    targets = config.lora.targets
+    parameters = trained = weight_bytes = 0
+    linears: set[str] = set()
+    for name in checkpoint.names():
+        shape = checkpoint.shape(name)
+        count = math.prod(shape)
+        parameters += count
+        match = _BLOCK_LINEAR.fullmatch(name)
+        if match is None or len(shape) != 2:
+            weight_bytes += count * _ACTIVATION_BYTES[config.model.dtype]
+            continue
+        linears.add(match[1])
+        weight_bytes += _linear_bytes(count, config)
+        if targets is None or set(match[1].split(".")) & set(targets):
+            trained += config.lora.rank * sum(shape)
+    known = sorted({part for linear in linears for part in linear.split(".")})
+    unknown = [target for target in targets or () if target not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        names = ", ".join(sorted(linear.rpartition(".")[2] for linear in linears))
+        raise UserError(
+            f"lora.targets names {', '.join(unknown)}, which {checkpoint.path} does not have",
+            why=f"its blocks' linears are {names}",
+            fix=f"did you mean {near[0]}?" if near else "lora.targets=null   (all of them)",
+        )
+    # Adapters and both moments of Adam are float32.
+    return Sizes(parameters, trained, weight_bytes, adapter_bytes=4 * trained, optimizer_bytes=8 * trained)
+
+
+def measure_epoch(config: TrainConfig, examples: Sequence["Example"]) -> Epoch:
+    """Batches in a pass; with packing and many rows, from the fill of the first ones."""
+    from qlora_jax.data.loader import Loader
+
+    train = config.train
+    slots = train.batch_size * train.seq_len
+    tokens = sum(len(example.input_ids) for example in examples)
+    if not train.packing:
+        batches = math.ceil(len(examples) / train.batch_size)
+        return Epoch(batches, tokens / (len(examples) * train.seq_len))
+    loader = Loader(
+        examples, batch_size=train.batch_size, seq_len=train.seq_len, packing=True, seed=config.seed, repeat=False
+    )
+    used = [int((batch["segment_ids"] > 0).sum()) for batch in itertools.islice(loader, _PROBED_BATCHES)]
+    if len(used) < _PROBED_BATCHES:
+        return Epoch(max(len(used), 1), sum(used) / (max(len(used), 1) * slots))
+    fill = sum(used) / (len(used) * slots)
+    return Epoch(math.ceil(tokens / (fill * slots)), fill)
+
+
+def planned_steps(config: TrainConfig, epoch: Epoch) -> int:
+    """train.steps, or the optimizer steps that train.epochs takes, rounded up."""
+    if config.train.steps is not None:
+        return config.train.steps
+    assert config.train.epochs is not None
+    return math.ceil(config.train.epochs * epoch.batches / config.train.accumulation)
+
+
+def describe_plan(config: TrainConfig, sizes: Sizes, dataset: Dataset, epoch: Epoch) -> str:
+    """The start-up lines: model, memory, data, tokens, steps, output."""
+    train, data = config.train, config.data
+    steps = planned_steps(config, epoch)
+    passes = steps * train.accumulation / epoch.batches
+    linears = "linears in 4 bits" if config.quant.type == "nf4" else "16 bits"
+    placed = " (paged)" if config.optim.paged else ""
+    rows = len(dataset.train) + dataset.train_too_long
+    held_out = f"{len(dataset.evaluation):,} rows evaluated"
+    if dataset.eval_too_long:
+        held_out += f" ({dataset.eval_too_long:,} too long)"
+    lines = {
+        "model": f"{Path(config.model.path or '').name}: {_millions(sizes.parameters)} parameters, "
+        f"{_millions(sizes.trained)} trained in adapters ({sizes.trained / (sizes.parameters + sizes.trained):.1%})",
+        "memory": f"weights {_megabytes(sizes.weight_bytes)} ({linears}), adapters {_megabytes(sizes.adapter_bytes)}, "
+        f"optimizer {_megabytes(sizes.optimizer_bytes)}{placed}",
+        "data": f"{data.path}: {len(dataset.train):,} of {rows:,} rows kept, {dataset.train_too_long:,} dropped as longer "
+        f"than train.seq_len={train.seq_len}; {held_out}",
+        "tokens": f"{dataset.tokens:,} per epoch, {dataset.trained_tokens / dataset.tokens:.1%} of them trained; "
+        f"{'packed' if train.packing else 'unpacked'} batches are {epoch.fill:.0%} full",
+        "steps": f"{steps:,} steps of {train.batch_size * train.accumulation} rows (batch_size {train.batch_size} x "
+        f"accumulation {train.accumulation}), {passes:.2g} epochs",
+        "output": config.output_dir,
+    }
+    return "\n".join(f"{name:<8} {text}" for name, text in lines.items())
+
+
+def _linear_bytes(count: int, config: TrainConfig) -> int:
+    if config.quant.type == "none":
+        return 2 * count
+    blocks = math.ceil(count / config.quant.block_size)
+    scales = blocks + 4 * math.ceil(blocks / _SCALE_GROUP) + 4 if config.quant.double_quant else 4 * blocks
+    return math.ceil(count / 2) + scales
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
