@@ -1,0 +1,185 @@
+"""Our own checkpoints: adapter, optimizer state, data position and the base's fingerprint. Never the base itself.
+
+    FOLDER/<step>/arrays/           Orbax: the leaves of both trees, by name
+    FOLDER/<step>/checkpoint.json   step, data, fingerprint, and shape and dtype of each leaf
+
+A step is written beside its place and renamed into it when whole. So whatever ends the process, and whenever, a folder
+whose name is a number is a complete step.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from qlora_jax.errors import UserError
+
+_STAGING, _DISCARDED = ".saving-", ".deleting-"
+_TREES = ("adapter", "optimizer")
+
+
+class CheckpointStore:
+    """The checkpoints of one training run, one folder for each step.
+
+    Args:
+      folder: where they lie; made at the first save.
+      keep: how many of the newest steps stay; None: all.
+    """
+
+    def __init__(self, folder: str | Path, *, keep: int | None = None) -> None:
+        if keep is not None and keep < 1:
+            raise UserError(f"keep={keep}", why="resuming needs at least one checkpoint", fix="keep=1, or more")
+        self.folder = Path(folder).absolute()
+        self.keep = keep
+
+    def steps(self) -> list[int]:
+        """The complete steps, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        complete = (entry for entry in self.folder.iterdir() if (entry / "checkpoint.json").is_file())
+        return sorted(int(entry.name) for entry in complete if entry.name.isdecimal())
+
+    def latest(self) -> int | None:
+        """The newest complete step; None where there is none."""
+        return max(self.steps(), default=None)
+
+    def save(self, step: int, *, adapter: Any, optimizer: Any, data: dict, fingerprint: dict) -> None:
+        """Writes one step, then deletes those beyond `keep`. Returns when it is on disk.
+
+        Args:
+          step: number of optimizer steps done. A step that exists already is replaced.
+          adapter, optimizer: pytrees of arrays, of any memory kind and sharding.
+          data: position in the data; what `json` can write.
+          fingerprint: what the state belongs to (the base's sha256, the dataset's); what `json` can write.
+
+        Raises:
+          UserError: the folder cannot be made.
+          TypeError: data or fingerprint is nothing that `json` can write.
+        """
+        trees = {name: _named_leaves(tree) for name, tree in zip(_TREES, (adapter, optimizer), strict=True)}
+        leaves = {name: {key: _describe(leaf) for key, leaf in tree.items()} for name, tree in trees.items()}
+        record = json.dumps({"step": step, "data": data, "fingerprint": fingerprint, "leaves": leaves}, indent=1)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(
+                f"checkpoints cannot be written to {self.folder}",
+                why="the path, or a folder above it, is a file",
+                fix="output_dir=ANOTHER FOLDER",
+            ) from error
+        for leftover in self.folder.glob(".*-*"):  # of a process that was killed
+            if leftover.name.startswith((_STAGING, _DISCARDED)):
+                shutil.rmtree(leftover)
+        staging = self.folder / f"{_STAGING}{step}"
+        with _checkpointer() as checkpointer:
+            checkpointer.save(staging / "arrays", args=ocp.args.StandardSave(trees))
+        with open(staging / "checkpoint.json", "w", encoding="utf-8") as file:
+            file.write(record)
+            file.flush()
+            os.fsync(file.fileno())
+        place, replaced = self.folder / str(step), self.folder / f"{_DISCARDED}{step}"
+        if place.exists():
+            place.rename(replaced)
+        staging.rename(place)
+        _sync(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if self.keep is not None:
+            self._discard(self.steps()[: -self.keep])
+
+    def restore(self, step: int, *, adapter_like: Any, optimizer_like: Any) -> dict[str, Any]:
+        """Reads one step back.
+
+        Args:
+          step: one of `steps()`.
+          adapter_like, optimizer_like: trees of arrays or jax.ShapeDtypeStruct; the result has their structure,
+            shardings and memory kinds, which may differ from those that were saved.
+
+        Returns:
+          {"adapter", "optimizer": trees, "data", "fingerprint": dicts}.
+
+        Raises:
+          UserError: no such step, leaves of other names, shapes or dtypes than asked for, or a damaged file.
+        """
+        place = self.folder / str(step)
+        try:
+            record = json.loads((place / "checkpoint.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"no complete checkpoint of step {step} in {self.folder}",
+                why=f"{error}",
+                fix=f"complete steps: {self.steps() or 'none'}",
+            ) from error
+        likes = {name: _named_leaves(tree) for name, tree in zip(_TREES, (adapter_like, optimizer_like), strict=True)}
+        for name, tree in likes.items():
+            _check(place, name, record["leaves"][name], tree)
+        targets = jax.tree.map(_target, likes)
+        try:
+            with _checkpointer() as checkpointer:
+                arrays = checkpointer.restore(place / "arrays", args=ocp.args.StandardRestore(targets))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"the checkpoint {place} is damaged",
+                why=str(error).splitlines()[0] if str(error) else type(error).__name__,
+                fix="delete it to resume from the one before",
+            ) from error
+        restored = {}
+        for name, like in zip(_TREES, (adapter_like, optimizer_like), strict=True):
+            restored[name] = jax.tree.unflatten(jax.tree.structure(like), [arrays[name][key] for key in likes[name]])
+        return {**restored, "data": record["data"], "fingerprint": record["fingerprint"]}
+
+    def _discard(self, steps: Sequence[int]) -> None:
+        """Deletes steps, renaming each first: a step half deleted must not look complete."""
+        for step in steps:
+            doomed = self.folder / f"{_DISCARDED}{step}"
+            (self.folder / str(step)).rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(ocp.StandardCheckpointHandler())
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by dotted path: what a checkpoint holds does not depend on the classes of the tree's nodes."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
+    if len(named) != len(flat):
+        raise ValueError("two leaves of the tree have the same path")
+    return named
+
+
+def _describe(leaf: Any) -> list:
+    return [list(leaf.shape), str(leaf.dtype)]
+
+
+def _target(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+
+
+def _check(place: Path, name: str, saved: dict[str, list], asked: dict[str, Any]) -> None:
+    wrong = [f"{key}: not in the checkpoint" for key in asked if key not in saved]
+    wrong += [f"{key}: only in the checkpoint" for key in saved if key not in asked]
+    for key, leaf in asked.items():
+        if key in saved and saved[key] != _describe(leaf):
+            wrong.append(f"{key}: {saved[key]} in the checkpoint, {_describe(leaf)} asked for")
+    if wrong:
+        shown = "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+        raise UserError(
+            f"the {name} in {place} does not fit this run: {shown}",
+            why="a run resumes with the adapter and the optimizer it was started with",
+            fix="resume with the run's own configuration, or start a new run in another output_dir",
+        )
+
+
+def _sync(folder: Path) -> None:
+    """Makes renames in a folder outlast a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
