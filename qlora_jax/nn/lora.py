@@ -1,0 +1,108 @@
+"""Low-rank adaptation (LoRA, arXiv 2106.09685) as PEFT computes it.
+
+A frozen layer `y = x @ W` gains two small trained matrices, A `[in, r]` and B `[r, out]`:
+
+    y = x @ W + (alpha / r) * (dropout(x) @ A) @ B
+
+B starts at zero, so the adapted layer starts as the base layer. A and B are kept in float32; in the product they meet
+x in x's dtype and are summed in float32, and their gradients reach them in float32 without having been rounded to x's
+dtype. Dropout acts on this branch's input alone, and only where a key is handed in: a random stream stored in the
+module would be an input of the scan over layers and of the rematerialized backward pass, and would repeat itself.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from qlora_jax.errors import UserError
+from qlora_jax.nn.products import mixed_product
+
+
+def lora_a_init(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Float[Array, "in rank"]:
+    """PEFT's initial A, `kaiming_uniform(a=sqrt(5))`: U(-1/sqrt(in), 1/sqrt(in)).
+
+    Args:
+      key: random key.
+      shape: `[in, rank]`.
+      dtype: floating dtype of the result.
+    """
+    bound = shape[-2] ** -0.5
+    return jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
+
+
+def init_adapter(
+    key: PRNGKeyArray, in_features: int, out_features: int, rank: int, num_layers: int | None, a_init: Any
+) -> tuple[Float[Array, "*layers in rank"], Float[Array, "*layers rank out"]]:
+    """Initial (A, B) in float32: A from `a_init`, layer by layer for a stack, and B zero.
+
+    Args:
+      key: random key.
+      in_features: features of x.
+      out_features: features of y.
+      rank: columns of A, rows of B.
+      num_layers: length of the stack; None for a single layer.
+      a_init: initializer `(key, [in, rank], dtype) -> A`.
+    """
+    if num_layers is None:
+        a = a_init(key, (in_features, rank), jnp.float32)
+        return a, jnp.zeros((rank, out_features), jnp.float32)
+    keys = jax.random.split(key, num_layers)
+    a = jax.vmap(lambda layer_key: a_init(layer_key, (in_features, rank), jnp.float32))(keys)
+    return a, jnp.zeros((num_layers, rank, out_features), jnp.float32)
+
+
+def lora_branch(
+    x: Float[Array, "*batch in"],
+    a: Float[Array, "in rank"],
+    b: Float[Array, "rank out"],
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, "*batch out"]:
+    """`scaling * (dropout(x) @ A) @ B` in x's dtype.
+
+    Args:
+      x: activations.
+      a: A, float32.
+      b: B, float32.
+      scaling: alpha / rank.
+      dropout: probability of zeroing an entry of x; the others grow by `1 / (1 - dropout)`.
+      key: random key of this call, which turns dropout on; None: no dropout.
+    """
+    if key is not None and dropout > 0:
+        keep = jax.random.bernoulli(key, 1.0 - dropout, x.shape)
+        x = jnp.where(keep, x / (1.0 - dropout), jnp.zeros_like(x))
+    return scaling * mixed_product(mixed_product(x, a), b)
+
+
+def check_adapter(rank: int, alpha: float, dropout: float) -> None:
+    """Refuses a rank, alpha or dropout that no adapter can have.
+
+    Raises:
+      UserError: rank is not an integer >= 0, alpha not a number > 0, or dropout outside [0, 1).
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+        raise UserError(f"rank={rank!r}", why="the rank of an adapter is an integer >= 0 (0: no adapter)")
+    if not alpha > 0:
+        raise UserError(f"alpha={alpha!r}", why="the adapter is scaled by alpha / rank, which has to be positive")
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout={dropout!r}", why="dropout is the probability of zeroing an input: 0 <= dropout < 1")
+
+
+def take_key(rngs: nnx.Rngs | PRNGKeyArray | None, stream: str) -> PRNGKeyArray | None:
+    """The key of one call: a key as it is, the next key of stream `stream` of an `nnx.Rngs`, or None.
+
+    Raises:
+      TypeError: rngs is something else.
+    """
+    if rngs is None:
+        return None
+    if isinstance(rngs, nnx.Rngs):
+        return getattr(rngs, stream)()
+    if isinstance(rngs, jax.Array) and (jnp.issubdtype(rngs.dtype, jax.dtypes.prng_key) or rngs.dtype == jnp.uint32):
+        return rngs
+    raise TypeError(f"rngs must be a random key or an nnx.Rngs, got {type(rngs).__name__}")

@@ -1,0 +1,79 @@
+"""Products of activations with float matrices: operands in x's dtype, float32 accumulation, the result in x's dtype.
+
+Written with their own derivatives, because JAX's for such a product multiplies float32 by 16-bit operands, which is
+slower, and rounds the gradient of a float32 matrix to x's dtype.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def mixed_product(x: Float[Array, "*batch k"], w: Float[Array, "k n"]) -> Float[Array, "*batch n"]:
+    """`x @ w` with w rounded to x's dtype, differentiable in both.
+
+    The gradient of x has x's dtype; that of w is summed in float32 and keeps w's dtype, never rounded to x's.
+    """
+    return _mixed_product(_as_varying(x, w), _as_varying(w, x))
+
+
+def frozen_product(x: Float[Array, "*batch k"], w: Float[Array, "k n"]) -> Float[Array, "*batch n"]:
+    """`x @ w` with w rounded to x's dtype, differentiable in x only, so that x need not be kept."""
+    return _frozen_product(_as_varying(x, w), w)
+
+
+@jax.custom_vjp
+def _mixed_product(x: Array, w: Array) -> Array:
+    return _dot(x, w.astype(x.dtype), 0)
+
+
+def _mixed_product_fwd(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _mixed_product(x, w), (x, w)
+
+
+def _mixed_product_bwd(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, w = saved
+    x_rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    return _dot(dy, w.astype(x.dtype), 1), _dot(x_rows.T, dy_rows, 0, w.dtype)
+
+
+_mixed_product.defvjp(_mixed_product_fwd, _mixed_product_bwd)
+
+
+@jax.custom_vjp
+def _frozen_product(x: Array, w: Array) -> Array:
+    return _dot(x, w.astype(x.dtype), 0)
+
+
+def _frozen_product_fwd(x: Array, w: Array) -> tuple[Array, Array]:
+    return _frozen_product(x, w), w
+
+
+def _frozen_product_bwd(w: Array, dy: Array) -> tuple[Array, None]:
+    return _dot(dy, w.astype(dy.dtype), 1), None
+
+
+_frozen_product.defvjp(_frozen_product_fwd, _frozen_product_bwd)
+
+
+def _dot(x: Array, w: Array, w_axis: int, dtype: jax.typing.DTypeLike | None = None) -> Array:
+    """Contracts the last axis of x with axis `w_axis` of w; rounds once, to `dtype` or x's."""
+    # HIGHEST: the default precision of float32 products on a GPU is TF32, with 10 bits of mantissa.
+    y = jax.lax.dot_general(
+        x,
+        w,
+        (((x.ndim - 1,), (w_axis,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return y.astype(dtype or x.dtype)
+
+
+def _as_varying(value: Array, other: Array) -> Array:
+    """Inside shard_map, marks a value as differing across the devices over which `other` differs.
+
+    A custom derivative has to return gradients of its operands' types; with this, the gradient of a replicated adapter
+    is summed over the devices that share it, as JAX does for its own products.
+    """
+    varying = jax.typeof(other).manual_axis_type.varying - jax.typeof(value).manual_axis_type.varying
+    return jax.lax.pcast(value, tuple(sorted(varying)), to="varying") if varying else value
