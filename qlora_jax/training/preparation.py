@@ -1,0 +1,76 @@
+"""Everything about a run that is known before a weight is read: opened, rendered, counted, checked."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qlora_jax.errors import UserError
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.dataset import Dataset, check_vocabulary, load_dataset
+from qlora_jax.training.plan import describe_plan, measure_epoch, measure_model, planned_steps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qlora_jax.checkpoints.source import Checkpoint
+    from qlora_jax.data.rendering import Example, Renderer
+
+_TRAINED, _END = "\x1b[1;32m", "\x1b[0m"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run ready to load its weights.
+
+    Attributes:
+      steps: optimizer steps in all.
+      plan: the start-up lines.
+    """
+
+    checkpoint: "Checkpoint"
+    tokenizer: "PreTrainedTokenizerBase"
+    renderer: "Renderer"
+    dataset: Dataset
+    steps: int
+    plan: str
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Opens the checkpoint (headers only), renders the rows, and measures. Cheap errors come before dear ones.
+
+    Raises:
+      UserError: no or a damaged checkpoint, bad rows, a vocabulary mismatch, adapters on layers that are not there.
+    """
+    from qlora_jax.checkpoints.source import open_checkpoint
+    from qlora_jax.data.rendering import Renderer
+
+    if config.model.path is None:
+        raise UserError("model.path is not given", why="there is nothing to finetune", fix="model.path=FOLDER_OR_GGUF")
+    checkpoint = open_checkpoint(config.model.path)
+    sizes = measure_model(checkpoint, config)
+    tokenizer = checkpoint.tokenizer()
+    check_vocabulary(tokenizer, checkpoint.shape("model.embed_tokens.weight")[0], config.model.path)
+    renderer = Renderer(tokenizer, config.data.template)
+    dataset = load_dataset(config, renderer)
+    epoch = measure_epoch(config, dataset.train)
+    return Prepared(
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        renderer=renderer,
+        dataset=dataset,
+        steps=planned_steps(config, epoch),
+        plan=describe_plan(config, sizes, dataset, epoch),
+    )
+
+
+def marked_example(tokenizer: "PreTrainedTokenizerBase", example: "Example", *, colour: bool) -> str:
+    """An example as the model reads it; what it is trained on is green, or between [[ and ]] without colour."""
+    start, end = (_TRAINED, _END) if colour else ("[[", "]]")
+    pieces, index, ids, mask = [], 0, example.input_ids.tolist(), example.loss_mask.tolist()
+    while index < len(ids):
+        stop = index
+        while stop < len(ids) and mask[stop] == mask[index]:
+            stop += 1
+        text = str(tokenizer.decode(ids[index:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        pieces.append(f"{start}{text}{end}" if mask[index] else text)
+        index = stop
+    return "".join(pieces)
