@@ -2,10 +2,9 @@
 
     python tests/real/peft_peer.py --model HF_FOLDER --rows FOLDER --weights nf4 --seed 0 --steps 40 --eval-at 0 40
 
-`--rows` holds train.jsonl and eval.jsonl with `instruction` and `output`. Prints one JSON object: eval losses by step.
 `--rows` holds train.jsonl and eval.jsonl with `instruction` and `output`. Prints one JSON object: eval losses by step,
-the median step time, versions.
-its weights in place.
+the median step time, versions. The settings are those of compare_with_peft.py. The model stays in train() mode:
+bitsandbytes' CPU inference path repacks its weights in place.
 """
 
 import argparse
