@@ -9,7 +9,7 @@ from jaxtyping import PRNGKeyArray
 from qlora_jax.errors import UserError
 from qlora_jax.nn.dense import nf4_dense
 from qlora_jax.nn.lora import lora_a_init
-from qlora_jax.nn.traversal import dotted, matching, walk
+from qlora_jax.nn.traversal import dotted, matching, require_matches, walk
 
 M = TypeVar("M")
 
@@ -65,12 +65,7 @@ def add_lora(
     """
     layers = [(path, node) for path, node in walk(model) if isinstance(node, nf4_dense)]
     targets = (targets,) if isinstance(targets, str) else targets
-    for target in targets or ():
-        if not any(matching(path, (target,)) for path, _ in layers):
-            raise UserError(
-                f"target {target!r} matches no nf4_dense layer",
-                why=f"targets are whole components of these paths: {', '.join(dotted(path) for path, _ in layers[:8])}",
-            )
+    require_matches(targets or (), [path for path, _ in layers], "target")
     chosen = {id(layer): (path, layer) for path, layer in layers if targets is None or matching(path, targets)}
     if not chosen:
         raise UserError(

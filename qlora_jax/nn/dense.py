@@ -17,7 +17,7 @@ from qlora_jax.nn.variables import FrozenParam, NF4Param
 default_kernel_init = nnx.initializers.lecun_normal()
 
 
-class nf4_dense(nnx.Module):  # noqa: N801 - the public name, as users write it
+class nf4_dense(nnx.Module):
     """`nnx.Linear` with its kernel frozen in 4 bits, plus a trainable low-rank adapter where rank > 0.
 
     One comes to have frozen bytes by quantizing a layer that has learnt something:
@@ -78,10 +78,11 @@ class nf4_dense(nnx.Module):  # noqa: N801 - the public name, as users write it
         """
         check_adapter(rank, alpha, dropout)
         kernel = kernel_init(rngs.params(), (in_features, out_features), jnp.float32)
-        frozen = _freeze(kernel, quant_type, block_size, double_quant)
+        frozen = freeze(kernel, quant_type, block_size, double_quant)
         self.kernel: NF4Param | FrozenParam = NF4Param(frozen) if isinstance(frozen, NF4Tensor) else FrozenParam(frozen)
         self.bias = nnx.data(FrozenParam(jnp.zeros((out_features,), jnp.float32)) if use_bias else None)
-        self.lora_a, self.lora_b = nnx.data(None), nnx.data(None)
+        self.lora_a: nnx.LoRAParam | None = nnx.data(None)
+        self.lora_b: nnx.LoRAParam | None = nnx.data(None)
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
         self.rank, self.alpha, self.dropout = 0, float(alpha), float(dropout)
         if rank > 0:
@@ -214,8 +215,8 @@ class nf4_dense(nnx.Module):  # noqa: N801 - the public name, as users write it
         x = jnp.asarray(x, self.dtype)
         kernel = self.kernel.get_value()
         y = nf4_matmul(x, kernel) if isinstance(kernel, NF4Tensor) else _frozen_matmul(x, kernel)
-        if self.lora_a is not None:
-            key = take_key(rngs, "dropout") if self.dropout > 0 else None
+        if self.lora_a is not None and self.lora_b is not None:
+            key = take_key(rngs, "dropout") if rngs is not None and self.dropout > 0 else None
             a, b = self.lora_a.get_value(), self.lora_b.get_value()
             y = y + lora_branch(x, a, b, scaling=self.scaling, dropout=self.dropout, key=key)
         if self.bias is not None:
@@ -239,14 +240,15 @@ class nf4_dense(nnx.Module):  # noqa: N801 - the public name, as users write it
         check_adapter(rank, alpha, dropout)
         if rank == 0 or self.rank > 0:
             raise UserError(f"a rank-{rank} adapter for a layer of rank {self.rank}", why="one adapter, rank > 0, fits")
-        key = take_key(rngs, "params")
-        if key is None:
+        if rngs is None:
             raise UserError(
                 f"rank={rank} without rngs",
                 why="the adapter's A starts at random",
                 fix="rngs=nnx.Rngs(0), or a key of jax.random",
             )
-        a, b = init_adapter(key, self.in_features, self.out_features, rank, self.num_layers, a_init)
+        layers = () if self.num_layers is None else (self.num_layers,)
+        shape = (*layers, self.in_features, self.out_features)
+        a, b = init_adapter(take_key(rngs, "params"), shape, rank, a_init)
         self.lora_a, self.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
         self.rank, self.alpha, self.dropout = rank, float(alpha), float(dropout)
 
@@ -264,9 +266,8 @@ def not_plain(linear: nnx.Module) -> str | None:
     return None
 
 
-def _freeze(
-    kernel: NF4Tensor | Array, quant_type: str | None, block_size: int, double_quant: bool
-) -> NF4Tensor | Array:
+def freeze(kernel: NF4Tensor | Array, quant_type: str | None, block_size: int, double_quant: bool) -> NF4Tensor | Array:
+    """The frozen form of a kernel: quantized, or as it is where it is quantized already or quant_type is None."""
     if isinstance(kernel, NF4Tensor):
         return kernel
     kernel = jnp.asarray(kernel)

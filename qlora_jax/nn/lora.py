@@ -34,24 +34,22 @@ def lora_a_init(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any = jnp.floa
 
 
 def init_adapter(
-    key: PRNGKeyArray, in_features: int, out_features: int, rank: int, num_layers: int | None, a_init: Any
+    key: PRNGKeyArray, kernel_shape: tuple[int, ...], rank: int, a_init: Any
 ) -> tuple[Float[Array, "*layers in rank"], Float[Array, "*layers rank out"]]:
     """Initial (A, B) in float32: A from `a_init`, layer by layer for a stack, and B zero.
 
     Args:
       key: random key.
-      in_features: features of x.
-      out_features: features of y.
+      kernel_shape: `[in, out]` or `[L, in, out]`.
       rank: columns of A, rows of B.
-      num_layers: length of the stack; None for a single layer.
       a_init: initializer `(key, [in, rank], dtype) -> A`.
     """
-    if num_layers is None:
-        a = a_init(key, (in_features, rank), jnp.float32)
-        return a, jnp.zeros((rank, out_features), jnp.float32)
-    keys = jax.random.split(key, num_layers)
-    a = jax.vmap(lambda layer_key: a_init(layer_key, (in_features, rank), jnp.float32))(keys)
-    return a, jnp.zeros((num_layers, rank, out_features), jnp.float32)
+    *layers, in_features, out_features = kernel_shape
+    b = jnp.zeros((*layers, rank, out_features), jnp.float32)
+    if not layers:
+        return a_init(key, (in_features, rank), jnp.float32), b
+    keys = jax.random.split(key, layers[0])
+    return jax.vmap(lambda layer_key: a_init(layer_key, (in_features, rank), jnp.float32))(keys), b
 
 
 def lora_branch(
@@ -93,14 +91,12 @@ def check_adapter(rank: int, alpha: float, dropout: float) -> None:
         raise UserError(f"dropout={dropout!r}", why="dropout is the probability of zeroing an input: 0 <= dropout < 1")
 
 
-def take_key(rngs: nnx.Rngs | PRNGKeyArray | None, stream: str) -> PRNGKeyArray | None:
-    """The key of one call: a key as it is, the next key of stream `stream` of an `nnx.Rngs`, or None.
+def take_key(rngs: nnx.Rngs | PRNGKeyArray, stream: str) -> PRNGKeyArray:
+    """The key of one call: a key as it is, or the next key of one stream of an `nnx.Rngs`.
 
     Raises:
       TypeError: rngs is something else.
     """
-    if rngs is None:
-        return None
     if isinstance(rngs, nnx.Rngs):
         return getattr(rngs, stream)()
     if isinstance(rngs, jax.Array) and (jnp.issubdtype(rngs.dtype, jax.dtypes.prng_key) or rngs.dtype == jnp.uint32):

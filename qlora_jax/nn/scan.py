@@ -48,7 +48,7 @@ def scan_layers(
     Raises:
       UserError: leaves that do not share a leading axis, or a layer that changes its own variables.
     """
-    key = take_key(rngs, "dropout")
+    key = None if rngs is None else take_key(rngs, "dropout")
 
     def call(layer: Any, h: Carry, index: jax.Array, _: None) -> tuple[Carry, None]:
         if key is None:
@@ -74,14 +74,15 @@ def scan_layers_with(block: nnx.Module, h: Carry, xs: Any, *args: Any) -> tuple[
       UserError: as scan_layers.
     """
 
-    def call(layer: Any, h: Carry, index: jax.Array, x: Any) -> tuple[Carry, Any]:
+    def call(layer: Any, h: Carry, index: jax.Array, x: Any) -> Any:
         return layer(h, *args, x)
 
     return _scan(block, call, h, xs, remat=False)
 
 
 def _scan(block: nnx.Module, call: Callable[..., Any], h: Any, xs: Any, remat: bool) -> tuple[Any, Any]:
-    graphdef, packed, rest = nnx.split(block, NF4Param, ...)
+    graphdef, *states = nnx.split(block, NF4Param, ...)
+    packed, rest = states
     num_layers = _num_layers(block, packed, rest, xs)
 
     def body(h: Any, scanned: Any) -> tuple[Any, Any]:
@@ -101,17 +102,19 @@ def _num_layers(block: nnx.Module, packed: nnx.State, rest: nnx.State, xs: Any) 
     lengths: dict[str, int | None] = {}
     for path, variable in nnx.to_flat_state(packed):
         lengths[dotted(tuple(map(str, path)))] = variable.get_value().num_layers
-    for path, leaf in jax.tree_util.tree_leaves_with_path((rest, xs)):
-        name = jax.tree_util.keystr(path[1:], simple=True, separator=".")
-        lengths[name if path[0].idx == 0 else f"xs {name}".strip()] = leaf.shape[0] if leaf.ndim else None
-    if len(set(lengths.values())) != 1 or None in lengths.values():
+    for prefix, tree in (("", rest), ("xs.", xs)):
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            name = prefix + jax.tree_util.keystr(keys, simple=True, separator=".")
+            lengths[name] = leaf.shape[0] if leaf.ndim else None
+    num_layers = next(iter(lengths.values()), None)
+    if num_layers is None or len(set(lengths.values())) != 1:
         listing = ", ".join(f"{name}: {length or 'none'}" for name, length in lengths.items())
         raise UserError(
             f"the leaves of this {type(block).__name__} do not share a leading axis of layers ({listing})",
             why="scan_layers takes one block whose every array has [L] in front",
             fix="block = nnx.vmap(lambda key: Block(nnx.Rngs(key)))(jax.random.split(key, L))",
         )
-    return next(iter(lengths.values()))
+    return num_layers
 
 
 def _refuse_changes(layer: nnx.Module, views: nnx.State, rest: nnx.State) -> None:

@@ -10,12 +10,12 @@ from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from qlora_jax.errors import UserError, UserErrors
-from qlora_jax.nf4 import NF4Tensor, quantize
+from qlora_jax.nf4 import NF4Tensor
 from qlora_jax.nf4.blockwise import FLOATS
-from qlora_jax.nn.dense import nf4_dense, not_plain
+from qlora_jax.nn.dense import freeze, nf4_dense, not_plain
 from qlora_jax.nn.lora import check_adapter, lora_a_init
 from qlora_jax.nn.report import QuantizeReport, Swap
-from qlora_jax.nn.traversal import Path, children, dotted, matching, replace_at, walk
+from qlora_jax.nn.traversal import Path, children, dotted, matching, replace_at, require_matches, walk
 
 M = TypeVar("M")
 
@@ -27,7 +27,7 @@ DEFAULT_SKIP = ("lm_head", "head", "output")
 class _Layer:
     """A module that holds a matrix, with every path that leads to it."""
 
-    module: nnx.Module
+    module: Any
     paths: list[Path]
 
 
@@ -73,10 +73,7 @@ def quantize_model(
     include = (include,) if isinstance(include, str) else include
     skip = (skip,) if isinstance(skip, str) else skip
     layers, owners = _survey(model)
-    for pattern in include or ():
-        if not any(matching(path, (pattern,)) for layer in layers for path in layer.paths):
-            seen = ", ".join(dotted(layer.paths[0]) for layer in layers[:8])
-            raise UserError(f"include {pattern!r} matches no layer", why=f"it is no whole component of: {seen}")
+    require_matches(include or (), [path for layer in layers for path in layer.paths], "include")
     report = QuantizeReport({}, {})
     chosen: list[_Layer] = []
     refusals: list[UserError] = []
@@ -101,7 +98,8 @@ def quantize_model(
     while chosen:
         layer = chosen.pop(0)
         kernel = layer.module.kernel.get_value()
-        stored = kernel.nbytes if quant_type is None else jax.eval_shape(lambda k: quantize(k, **options), kernel).nbytes
+        frozen = jax.eval_shape(lambda kernel: freeze(kernel, **options), kernel)
+        stored = frozen.nbytes if isinstance(frozen, NF4Tensor) else kernel.nbytes
         swap = Swap(tuple(kernel.shape), kernel.nbytes, stored)
         report.swapped.update((dotted(path), swap) for path in layer.paths)
         if dry_run:
@@ -154,7 +152,7 @@ def _why_not(
     return None
 
 
-def _refusal(module: nnx.Module) -> str | None:
+def _refusal(module: Any) -> str | None:
     """Why a layer that was asked for cannot be swapped."""
     if isinstance(module, nf4_dense):
         return "quantized already"

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from qlora_jax.errors import UserError
+
 Path = tuple[str, ...]
 
 
@@ -69,6 +71,20 @@ def matching(path: Path, patterns: Sequence[str]) -> str | None:
         if any(path[i : i + len(parts)] == parts for i in range(len(path) - len(parts) + 1)):
             return pattern
     return None
+
+
+def require_matches(patterns: Sequence[str], paths: Sequence[Path], what: str) -> None:
+    """Refuses a pattern that matches none of the paths.
+
+    Raises:
+      UserError: naming the pattern as `what`, with some of the paths.
+    """
+    for pattern in patterns:
+        if not any(matching(path, (pattern,)) for path in paths):
+            seen = ", ".join(map(dotted, paths[:8])) + (", ..." if len(paths) > 8 else "")
+            raise UserError(
+                f"{what} {pattern!r} matches no layer", why=f"it is no whole dotted component of: {seen or 'nothing'}"
+            )
 
 
 def dotted(path: Path) -> str:
