@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_jax.errors import UserError
+from qlora_jax.errors import UserError, UserErrors
 from qlora_jax.training import demo
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.help import help_text
@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if "debug" in invocation.flags:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        for mistake in error.errors if isinstance(error, UserErrors) else [error]:
+            print(f"error: {mistake}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted before the first step; nothing is kept", file=sys.stderr)
@@ -81,7 +82,7 @@ def resolve(invocation: Invocation) -> Job:
     settings = dict(invocation.settings)
     if invocation.is_demo:
         settings = read_yaml(find_config(demo.CONFIG)) | settings
-    resume = "resume" in settings and settings["resume"].value is True
+    resume = "resume" in settings and str(settings["resume"].value).lower() in ("true", "1", "yes", "on")
     own_folder = invocation.is_demo and "output_dir" not in invocation.settings
     folder = demo.demo_folder(resume=resume) if own_folder else RunFolder(_output_dir(settings))
     settings["output_dir"] = Setting(str(folder.path), "the demo" if own_folder else _source(settings, "output_dir"))
@@ -190,3 +191,7 @@ def _source(settings: dict[str, Setting], key: str) -> str:
 def _output_dir(settings: dict[str, Setting]) -> str:
     given = settings.get("output_dir")
     return str(given.value) if given is not None else TrainConfig.model_fields["output_dir"].default
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -96,8 +96,8 @@ class DataSection(Section):
     )
     template: Literal["auto", "plain"] = Field(
         "auto",
-        description="auto: the tokenizer's own chat template where it has one. plain: '### role' headings, for base "
-        "models. generate uses the one you trained with.",
+        description="auto: the tokenizer's own chat template where it has one. plain: headings in "
+        "plain text, for base models.",
     )
 
     @model_validator(mode="before")
