@@ -1,30 +1,21 @@
 """HF folders: config.json, safetensors (one file, or shards under an index), tokenizer files."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import ml_dtypes  # registers bfloat16 with NumPy, by which safetensors finds it
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from qlora_jax.checkpoints.source import sha256_of
+from qlora_jax.checkpoints.tensorfile import StoredTensor, first_line, read_header, read_json, read_tensor
 from qlora_jax.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _FETCHED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 _NOT_FETCHED = ["original/*", "consolidated*", "onnx/*"]
-
-
-class _Tensor(NamedTuple):
-    file: Path
-    shape: tuple[int, ...]
-    dtype: np.dtype
 
 
 class HFCheckpoint:
@@ -34,7 +25,7 @@ class HFCheckpoint:
         self.path = folder
         self.config = read_config(folder)
         self._files = _weight_files(folder)
-        self._tensors: dict[str, _Tensor] = {}
+        self._tensors: dict[str, StoredTensor] = {}
         for file, expected in self._files.items():
             found = read_header(file)
             if expected is not None and (missing := sorted(expected - found.keys())):
@@ -62,13 +53,7 @@ class HFCheckpoint:
         return self._tensor(name).dtype
 
     def read(self, name: str) -> np.ndarray:
-        tensor = self._tensor(name)
-        # Opened for each tensor: closing drops the mapping, so that pages read once do not pile up.
-        try:
-            with safe_open(tensor.file, framework="numpy") as file:
-                return file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise _unreadable(tensor.file, error) from error
+        return read_tensor(self._tensor(name).file, name)
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         if not any((self.path / name).is_file() for name in _TOKENIZER_FILES):
@@ -81,13 +66,13 @@ class HFCheckpoint:
 
         try:
             return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"the tokenizer in {self.path} cannot be read", why=_first_line(error)) from error
+        except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
+            raise UserError(f"the tokenizer in {self.path} cannot be read", why=first_line(error)) from error
 
     def fingerprint(self) -> str:
         return sha256_of(sorted(self._files))
 
-    def _tensor(self, name: str) -> _Tensor:
+    def _tensor(self, name: str) -> StoredTensor:
         if name not in self._tensors:
             raise UserError(
                 f"tensor {name!r} is missing in {self.path}",
@@ -109,7 +94,7 @@ def fetch(name: str) -> Path:
     except Exception as error:  # the hub's clients raise errors of several HTTP libraries
         raise UserError(
             f"no such folder or file: {name}; and it could not be had from the Hugging Face hub",
-            why=_first_line(error),
+            why=first_line(error),
             fix=f"check the name and the network, or `hf auth login` for a gated model, or fetch it once with "
             f"`hf download {name}`, or give a folder: model.path=FOLDER",
         ) from error
@@ -180,7 +165,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
         return {single: None}
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise UserError(f"{index} has no weight_map", why="it says which shard holds which tensor")
         shards: dict[Path, set[str] | None] = {}
         for shard in sorted(set(weight_map.values())):
@@ -201,74 +186,3 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
             fix="convert it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER) in transformers",
         )
     raise UserError(f"no weights in {folder}", why="it has neither model.safetensors nor an index of shards")
-
-
-def read_header(file: Path) -> dict[str, _Tensor]:
-    """Place, shape and dtype of each tensor of a safetensors file.
-
-    Raises:
-      UserError: the file is damaged or cut short, or a tensor is no float32, float16 or bfloat16.
-    """
-    tensors = {}
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
-                view = opened.get_slice(name)
-                tensors[name] = (tuple(view.get_shape()), str(view.get_dtype()))
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(file, error) from error
-    for name, (_, dtype) in tensors.items():
-        if dtype not in _DTYPES:
-            raise UserError(
-                f"tensor {name!r} of {file} is stored as {dtype}",
-                why="weights are read as F32, F16 or BF16; quantized files are not supported yet",
-                fix="model.path=FOLDER of the 16-bit model",
-            )
-    return {name: _Tensor(file, shape, _DTYPES[dtype]) for name, (shape, dtype) in tensors.items()}
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A file that holds one JSON object. UserError: it cannot be read, or holds something else."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is not valid JSON", why=_first_line(error), fix="fetch the file again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object", why=f"it holds a {type(content).__name__}")
-    return content
-
-
-def _unreadable(file: Path, error: Exception) -> UserError:
-    """The error for a safetensors file that the library cannot read: names the first tensor that is cut off."""
-    try:
-        size = file.stat().st_size
-        with open(file, "rb") as stream:
-            start = stream.read(8)
-            if start == b"version ":
-                return UserError(
-                    f"{file} is a pointer of git-lfs, not the weights",
-                    why="the clone was made without git-lfs",
-                    fix="git lfs pull",
-                )
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or 8 + length > size:
-                return UserError(
-                    f"{file} is truncated or no safetensors file",
-                    why=f"its header should end at byte {8 + length}, the file has {size} bytes",
-                    fix="fetch the file again",
-                )
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        ends = sorted((8 + length + entry["data_offsets"][1], name) for name, entry in header.items())
-        end, name = next((end, name) for end, name in ends if end > size)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
-        return UserError(f"{file} cannot be read as safetensors", why=_first_line(error), fix="fetch the file again")
-    return UserError(
-        f"{file} is truncated: tensor {name!r} should end at byte {end}, the file has {size} bytes",
-        why="a download or copy was cut short",
-        fix="fetch the file again",
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

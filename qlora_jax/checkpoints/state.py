@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from qlora_jax.checkpoints.atomic import sync
 from qlora_jax.errors import UserError
 
 _STAGING, _DISCARDED = ".saving-", ".deleting-"
@@ -86,7 +87,7 @@ class CheckpointStore:
         if place.exists():
             place.rename(replaced)
         staging.rename(place)
-        _sync(self.folder)
+        sync(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
         if self.keep is not None:
             self._discard(self.steps()[: -self.keep])
@@ -174,12 +175,3 @@ def _check(place: Path, name: str, saved: dict[str, list], asked: dict[str, Any]
             why="a run resumes with the adapter and the optimizer it was started with",
             fix="resume with the run's own configuration, or start a new run in another output_dir",
         )
-
-
-def _sync(folder: Path) -> None:
-    """Makes renames in a folder outlast a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,0 +1,104 @@
+"""Files inside checkpoint folders: safetensors and JSON, with errors that name the file and the tensor."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes  # registers bfloat16 with NumPy, by which safetensors finds it
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from qlora_jax.errors import UserError
+
+_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor lies, and what it is."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Place, shape and dtype of each tensor of a safetensors file.
+
+    Raises:
+      UserError: the file is damaged or cut short, or a tensor is no float32, float16 or bfloat16.
+    """
+    tensors = {}
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
+                view = opened.get_slice(name)
+                tensors[name] = (tuple(view.get_shape()), str(view.get_dtype()))
+    except (SafetensorError, OSError) as error:
+        raise unreadable(file, error) from error
+    for name, (_, dtype) in tensors.items():
+        if dtype not in _DTYPES:
+            raise UserError(
+                f"tensor {name!r} of {file} is stored as {dtype}",
+                why="weights are read as F32, F16 or BF16; quantized files are not supported yet",
+                fix="model.path=FOLDER of the 16-bit model",
+            )
+    return {name: StoredTensor(file, shape, _DTYPES[dtype]) for name, (shape, dtype) in tensors.items()}
+
+
+def read_tensor(file: Path, name: str) -> np.ndarray:
+    """One tensor of a safetensors file, in its own dtype. UserError: the file cannot be read any more.
+
+    The file is opened for each tensor: closing drops the mapping, so that pages read once do not pile up.
+    """
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            return opened.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise unreadable(file, error) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A file that holds one JSON object. UserError: it cannot be read, or holds something else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not valid JSON", why=first_line(error), fix="fetch the file again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object", why=f"it holds a {type(content).__name__}")
+    return content
+
+
+def unreadable(file: Path, error: Exception) -> UserError:
+    """The error for a safetensors file that the library cannot read: names the first tensor that is cut off."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            start = stream.read(8)
+            if start == b"version ":
+                return UserError(
+                    f"{file} is a pointer of git-lfs, not the weights",
+                    why="the clone was made without git-lfs",
+                    fix="git lfs pull",
+                )
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or 8 + length > size:
+                return UserError(
+                    f"{file} is truncated or no safetensors file",
+                    why=f"its header should end at byte {8 + length}, the file has {size} bytes",
+                    fix="fetch the file again",
+                )
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        ends = sorted((8 + length + entry["data_offsets"][1], name) for name, entry in header.items())
+        end, name = next((end, name) for end, name in ends if end > size)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
+        return UserError(f"{file} cannot be read as safetensors", why=first_line(error), fix="fetch the file again")
+    return UserError(
+        f"{file} is truncated: tensor {name!r} should end at byte {end}, the file has {size} bytes",
+        why="a download or copy was cut short",
+        fix="fetch the file again",
+    )
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

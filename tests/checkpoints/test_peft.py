@@ -1,0 +1,458 @@
+import json
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from qlora_jax.checkpoints.peft import load_adapter, module_names, save_adapter
+from qlora_jax.errors import UserError
+from qlora_jax.nn import add_lora, nf4_dense
+
+SHAPES = {  # the tiny LLaMA's projections, [in, out]
+    "self_attn": {"q_proj": (128, 128), "k_proj": (128, 64), "v_proj": (128, 64), "o_proj": (128, 128)},
+    "mlp": {"gate_proj": (128, 192), "up_proj": (128, 192), "down_proj": (192, 128)},
+}
+
+
+class Group(nnx.Module):
+    """A module with the given children."""
+
+    def __init__(self, **children):
+        for name, child in children.items():
+            setattr(self, name, nnx.data(child))
+
+
+def stacked_model(layers=2, seed=0):
+    """The linears of a LLaMA as models/ has them: one block, every leaf with the layers in front."""
+    rng = np.random.default_rng(seed)
+
+    def dense(shape):
+        kernel = jnp.asarray(rng.normal(size=(layers, *shape)), jnp.bfloat16)
+        return nf4_dense.from_kernel(kernel, quant_type=None)  # 16-bit kernels: adapters are what is tested here
+
+    block = {part: Group(**{name: dense(shape) for name, shape in linears.items()}) for part, linears in SHAPES.items()}
+    return Group(layers=Group(**block))
+
+
+def plain_model(*names, features=(64, 32), quant_type=None):
+    """A list of blocks with one dense for each name, and a head, none of them stacked."""
+
+    def dense():
+        return nf4_dense(*features, quant_type=quant_type, rngs=nnx.Rngs(0))
+
+    blocks = nnx.List([Group(**{name: dense() for name in names}) for _ in range(2)])
+    return Group(layers=blocks, lm_head=dense())
+
+
+def fill(model, seed=0):
+    """Random values in every adapter leaf, B included."""
+    rng = np.random.default_rng(seed)
+    for _, leaf in adapters(model).items():
+        leaf.set_value(jnp.asarray(rng.normal(size=leaf.get_value().shape), jnp.float32))
+    return model
+
+
+def adapters(model):
+    return {path: leaf for path, leaf in nnx.iter_graph(model) if isinstance(leaf, nnx.LoRAParam)}
+
+
+def assert_same_adapters(model, other):
+    ours, theirs = adapters(model), adapters(other)
+    assert ours.keys() == theirs.keys()
+    for path, leaf in ours.items():
+        assert theirs[path].get_value().dtype == jnp.float32
+        np.testing.assert_array_equal(leaf.get_value(), theirs[path].get_value())
+
+
+def save(model, folder, **more):
+    save_adapter(model, folder, base_model="org/base", base_sha256="abc123", **more)
+
+
+def error(model, folder):
+    before = {path: np.asarray(leaf.get_value()) for path, leaf in adapters(model).items()}
+    with pytest.raises(UserError) as caught:
+        load_adapter(model, folder)
+    after = adapters(model)
+    assert before.keys() == after.keys()
+    for path, value in before.items():
+        np.testing.assert_array_equal(value, after[path].get_value())
+    return str(caught.value)
+
+
+# ---- writing
+
+
+def test_keys_shapes_and_transposes_are_pefts(tmp_path):
+    model = fill(
+        add_lora(stacked_model(), rank=4, alpha=8.0, dropout=0.1, targets=["q_proj", "down_proj"], rngs=nnx.Rngs(0))
+    )
+    save(model, tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    expected = {}
+    for i in range(2):
+        for part, name in (("self_attn", "q_proj"), ("mlp", "down_proj")):
+            dense = getattr(getattr(model.layers, part), name)
+            key = f"base_model.model.model.layers.{i}.{part}.{name}"
+            expected[f"{key}.lora_A.weight"] = np.asarray(dense.lora_a.get_value()[i]).T
+            expected[f"{key}.lora_B.weight"] = np.asarray(dense.lora_b.get_value()[i]).T
+    assert tensors.keys() == expected.keys()
+    for key, value in expected.items():
+        assert tensors[key].dtype == np.float32
+        np.testing.assert_array_equal(tensors[key], value)
+    assert tensors["base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"].shape == (4, 192)
+
+
+def test_config_and_readme(tmp_path):
+    save(
+        add_lora(stacked_model(), rank=4, alpha=8.0, dropout=0.1, targets=["v_proj", "q_proj"], rngs=nnx.Rngs(0)),
+        tmp_path / "a",
+    )
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert {
+        key: config[key] for key in ("peft_type", "task_type", "base_model_name_or_path", "inference_mode", "bias")
+    } == {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "org/base",
+        "inference_mode": True,
+        "bias": "none",
+    }
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 8, 0.1)
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+    text = (tmp_path / "a" / "README.md").read_text()
+    for needed in ("org/base", "abc123", "PeftModel.from_pretrained", "in training: bfloat16", str(tmp_path / "a")):
+        assert needed in text
+    code = text.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) == 4
+    compile(code, "README.md", "exec")
+
+
+def test_readme_of_a_gguf_base(tmp_path):
+    model = add_lora(plain_model("q_proj", quant_type="nf4"), rank=2, rngs=nnx.Rngs(0))
+    save_adapter(model, tmp_path / "a", base_model="/models/smol.Q4_1.gguf", base_sha256="ab")
+    text = (tmp_path / "a" / "README.md").read_text()
+    assert 'from_pretrained("/models", gguf_file="smol.Q4_1.gguf"' in text
+    assert "in training: nf4, blocks of 64" in text
+
+
+def test_targets_are_whole_names_where_a_leaf_name_would_reach_too_far(tmp_path):
+    model = plain_model("q_proj", "v_proj")
+    add_lora(model.layers[1].q_proj, rank=2, rngs=nnx.Rngs(0))
+    add_lora(model.lm_head, rank=2, rngs=nnx.Rngs(0))
+    save(fill(model), tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["lm_head", "model.layers.1.q_proj"]
+    keys = load_file(tmp_path / "a" / "adapter_model.safetensors").keys()
+    assert "base_model.model.lm_head.lora_A.weight" in keys
+    other = load_adapter(plain_model("q_proj", "v_proj"), tmp_path / "a")
+    assert other.layers[0].q_proj.rank == 0
+    assert_same_adapters(model, other)
+
+
+def test_tokenizer_and_template_go_with_it(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<s>": 0, "a": 1}, unk_token="<s>")),
+        chat_template="{{ messages }}",
+    )
+    save(add_lora(plain_model("q_proj"), rank=2, rngs=nnx.Rngs(0)), tmp_path / "a", tokenizer=tokenizer)
+    read = AutoTokenizer.from_pretrained(tmp_path / "a")
+    assert read.chat_template == "{{ messages }}"
+    assert read.get_vocab() == {"<s>": 0, "a": 1}
+
+
+def test_an_adapter_is_replaced_whole(tmp_path):
+    model = add_lora(plain_model("q_proj"), rank=2, rngs=nnx.Rngs(0))
+    save(fill(model, 1), tmp_path / "a")
+    (tmp_path / "a" / "stray").write_text("")
+    save(fill(model, 2), tmp_path / "a")
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert_same_adapters(model, load_adapter(plain_model("q_proj"), tmp_path / "a"))
+
+
+def test_a_failed_save_leaves_the_old_adapter(tmp_path):
+    model = add_lora(plain_model("q_proj"), rank=2, rngs=nnx.Rngs(0))
+    save(fill(model, 1), tmp_path / "a")
+    old = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+
+    class Broken:
+        def save_pretrained(self, folder):
+            (folder / "tokenizer.json").write_text("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save(fill(model, 2), tmp_path / "a", tokenizer=Broken())
+    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == old
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_cannot_be_saved(tmp_path):
+    with pytest.raises(UserError, match="has no adapters"):
+        save(plain_model("q_proj"), tmp_path / "a")
+    model = plain_model("q_proj")
+    add_lora(model.layers[0].q_proj, rank=2, rngs=nnx.Rngs(0))
+    add_lora(model.layers[1].q_proj, rank=4, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match=r"adapters differ in \(rank, alpha, dropout\)"):
+        save(model, tmp_path / "a")
+    model = add_lora(plain_model("q_proj"), rank=2, rngs=nnx.Rngs(0))
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "a"):
+        with pytest.raises(UserError, match="is a file"):
+            save(model, path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="holds no adapter"):
+        save(model, tmp_path / "mine")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "mine"]
+    stray = Group(blocks=nf4_dense.from_kernel(jnp.ones((3, 64, 8)), rank=2, rngs=nnx.Rngs(0)))
+    with pytest.raises(UserError, match="stack of layers at blocks"):
+        save(stray, tmp_path / "a")
+
+
+# ---- reading
+
+
+@given(
+    rank=st.integers(1, 5),
+    alpha=st.one_of(st.integers(1, 64), st.floats(0.25, 64)),
+    dropout=st.sampled_from([0.0, 0.05]),
+    targets=st.sets(st.sampled_from([name for part in SHAPES.values() for name in part]), min_size=1),
+)
+@settings(max_examples=6, deadline=None)
+def test_round_trip(tmp_path_factory, rank, alpha, dropout, targets):
+    folder = tmp_path_factory.mktemp("adapter") / "a"
+    model = add_lora(
+        stacked_model(), rank=rank, alpha=alpha, dropout=dropout, targets=sorted(targets), rngs=nnx.Rngs(0)
+    )
+    save(fill(model, rank), folder)
+    other = load_adapter(stacked_model(), folder)
+    assert_same_adapters(model, other)
+    for part, linears in SHAPES.items():
+        for name in linears:
+            ours, theirs = (getattr(getattr(m.layers, part), name) for m in (model, other))
+            assert (ours.rank, ours.alpha, ours.dropout) == (
+                theirs.rank,
+                theirs.alpha,
+                theirs.dropout,
+            ) or name not in targets
+            assert theirs.rank == (rank if name in targets else 0)
+
+
+def test_loaded_adapter_computes_what_peft_computes(tmp_path):
+    model = fill(add_lora(plain_model("q_proj"), rank=3, alpha=6.0, rngs=nnx.Rngs(0)))
+    save(model, tmp_path / "a")
+    base = plain_model("q_proj", quant_type="nf4")
+    x = jax.random.normal(jax.random.key(0), (5, 64))
+    plain = base.layers[1].q_proj(x)
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    a, b = (tensors[f"base_model.model.model.layers.1.q_proj.lora_{f}.weight"].astype(np.float64) for f in "AB")
+    expected = np.asarray(plain, np.float64) + 6.0 / 3 * np.asarray(x, np.float64) @ a.T @ b.T
+    np.testing.assert_allclose(load_adapter(base, tmp_path / "a").layers[1].q_proj(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_real_adapter_of_all_linear_layers_with_rslora(golden_dir):
+    folder = golden_dir / "interop" / "adapter_all_linear"
+    model = load_adapter(stacked_model(), folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for part, linears in SHAPES.items():
+        for name in linears:
+            dense = getattr(getattr(model.layers, part), name)
+            assert dense.rank == 8
+            assert math.isclose(dense.scaling, 16 / math.sqrt(8), rel_tol=1e-15)
+            for i in range(2):
+                key = f"base_model.model.model.layers.{i}.{part}.{name}"
+                np.testing.assert_array_equal(dense.lora_a.get_value()[i], tensors[f"{key}.lora_A.weight"].T)
+                np.testing.assert_array_equal(dense.lora_b.get_value()[i], tensors[f"{key}.lora_B.weight"].T)
+
+
+def test_real_adapter_of_default_targets(golden_dir):
+    model = load_adapter(stacked_model(), golden_dir / "interop" / "adapter_default")
+    ranks = {name: getattr(model.layers.self_attn, name).rank for name in SHAPES["self_attn"]}
+    assert ranks == {"q_proj": 8, "k_proj": 0, "v_proj": 8, "o_proj": 0}
+    assert (model.layers.self_attn.q_proj.alpha, model.layers.self_attn.q_proj.dropout) == (16.0, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("dora", "use_dora"), ("mts", "modules_to_save"), ("emb", "adapts an embedding")]
+)
+def test_real_adapters_of_other_kinds_are_refused(golden_dir, name, words):
+    assert words in error(stacked_model(), golden_dir / "interop" / f"adapter_{name}")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """An adapter of q_proj and v_proj of the stacked model, rank 4, and a function that edits its config."""
+    folder = tmp_path / "a"
+    save(fill(add_lora(stacked_model(), rank=4, targets=["q_proj", "v_proj"], rngs=nnx.Rngs(0))), folder)
+
+    def edit(**changes):
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        return folder
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        ["q_proj", "v_proj"],
+        ["self_attn.q_proj", "self_attn.v_proj"],
+        [f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "v_proj")],
+        r".*\.self_attn\.(q|v)_proj",
+        None,
+    ],
+    ids=["leaf names", "dotted", "whole names", "pattern", "default"],
+)
+def test_every_spelling_of_the_targets(saved, spelling):
+    folder = saved(target_modules=spelling)
+    model = load_adapter(stacked_model(), folder)
+    assert model.layers.self_attn.v_proj.rank == 4
+    assert model.layers.self_attn.k_proj.rank == 0
+
+
+def test_all_linear_leaves_the_head_out(tmp_path):
+    model = add_lora(plain_model("q_proj", "up_proj"), rank=2, targets=["layers"], rngs=nnx.Rngs(0))
+    save(fill(model), tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": "all-linear"}))
+    other = load_adapter(plain_model("q_proj", "up_proj"), tmp_path / "a")
+    assert_same_adapters(model, other)
+    assert other.lm_head.rank == 0
+
+
+def test_an_adapter_of_the_same_rank_is_filled_and_others_are_refused(saved):
+    folder = saved(lora_alpha=32, some_key_of_a_later_version={"a": 1})
+    model = add_lora(stacked_model(), rank=4, targets=["q_proj", "v_proj"], rngs=nnx.Rngs(9))
+    assert load_adapter(model, folder) is model
+    assert_same_adapters(model, load_adapter(stacked_model(), folder))
+    assert model.layers.self_attn.q_proj.alpha == 32.0
+    text = error(add_lora(stacked_model(), rank=2, targets=["q_proj", "v_proj"], rngs=nnx.Rngs(9)), folder)
+    assert "rank 2 at model.layers.0.self_attn.q_proj" in text
+    text = error(add_lora(stacked_model(), rank=4, targets=["q_proj", "v_proj", "o_proj"], rngs=nnx.Rngs(9)), folder)
+    assert "model.layers.0.self_attn.o_proj" in text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["embed_tokens"]},
+        {"lora_bias": True},
+        {"bias": "all"},
+        {"rank_pattern": {"q_proj": 8}},
+        {"alpha_pattern": {"q_proj": 8}},
+        {"layers_to_transform": 0},
+        {"init_lora_weights": "pissa"},
+        {"peft_type": "LOHA"},
+        {"r": 0},
+        {"target_modules": "(q_proj"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_settings_that_would_give_other_outputs_are_refused(saved, changes):
+    assert next(iter(changes)) in error(stacked_model(), saved(**changes))
+
+
+def test_several_problems_are_told_at_once(saved):
+    text = error(stacked_model(), saved(use_dora=True, bias="lora_only", modules_to_save=["lm_head"]))
+    assert all(word in text for word in ("use_dora", "bias=lora_only", "modules_to_save"))
+
+
+def test_targets_that_the_model_lacks(saved):
+    text = error(stacked_model(), saved(target_modules=["c_attn"]))
+    assert "c_attn" in text
+    assert "q_proj" in text
+    assert "v_proj.lora_A" in error(stacked_model(), saved(target_modules=["q_proj"]))  # left over
+    assert "lacks" in error(stacked_model(), saved(target_modules=["q_proj", "v_proj", "k_proj"]))
+    assert "1 of 2 layers" in error(stacked_model(), saved(target_modules=["model.layers.0.self_attn.q_proj"]))
+    assert "model.layers.2." in error(stacked_model(layers=3), saved(target_modules=["q_proj", "v_proj"]))
+    assert "model.layers.1." in error(stacked_model(layers=1), saved())
+
+
+def rewrite(folder, change):
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, file)
+
+
+KEY = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
+
+
+def test_transposed_factors_are_refused(saved):
+    folder = saved()
+
+    def transpose(tensors):
+        for key in tensors:
+            tensors[key] = tensors[key].T
+
+    rewrite(folder, transpose)
+    text = error(stacked_model(), folder)
+    assert "transposed" in text
+    assert "lora_A.weight" in text
+
+
+def test_shapes_keys_and_values_are_checked(saved):
+    folder = saved()
+    shutil.copytree(folder, folder.parent / "spare")
+
+    def restart():
+        shutil.rmtree(folder)
+        shutil.copytree(folder.parent / "spare", folder)
+
+    rewrite(folder, lambda t: t.update({KEY: np.zeros((65, 4), np.float32)}))
+    assert f"{KEY} (65, 4), expected (64, 4)" in error(stacked_model(), folder)
+    restart()
+    rewrite(folder, lambda t: t.pop(KEY))
+    assert f"lacks {KEY}" in error(stacked_model(), folder)
+    restart()
+    rewrite(folder, lambda t: t.update({"base_model.model.lm_head.weight": np.zeros((4, 4), np.float32)}))
+    assert "belong to no layer of the model: base_model.model.lm_head.weight" in error(stacked_model(), folder)
+    restart()
+    rewrite(folder, lambda t: t[KEY].__setitem__((3, 1), np.nan))
+    assert f"NaN or infinity in {KEY}" in error(stacked_model(), folder)
+
+
+def test_half_precision_factors_are_widened(saved):
+    folder = saved()
+    rewrite(folder, lambda t: t.update({key: value.astype(np.float16) for key, value in t.items()}))
+    model = load_adapter(stacked_model(), folder)
+    assert {leaf.get_value().dtype for leaf in adapters(model).values()} == {jnp.dtype(jnp.float32)}
+
+
+def test_missing_and_damaged_files(saved, tmp_path):
+    assert "no such adapter folder" in error(stacked_model(), tmp_path / "nothing")
+    assert "no adapter_config.json" in error(stacked_model(), tmp_path)
+    folder = saved()
+    file = folder / "adapter_model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-50])
+    text = error(stacked_model(), folder)
+    assert f"{file} is truncated" in text
+    assert "tensor 'base_model.model." in text
+    file.unlink()
+    (folder / "adapter_model.bin").write_bytes(b"")
+    assert "pickle" in error(stacked_model(), folder)
+    (folder / "adapter_config.json").write_text("{")
+    assert "not valid JSON" in error(stacked_model(), folder)
+
+
+def test_module_names():
+    assert module_names(("lm_head",), None) == ("lm_head",)
+    assert module_names(("layers", "mlp", "up_proj"), 2) == ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj")
+    assert module_names(("layers", "3", "q_proj"), None) == ("model.layers.3.q_proj",)
