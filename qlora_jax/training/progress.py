@@ -36,8 +36,8 @@ class Progress:
         self._total = total_steps
         self._ends.clear()
         if self.console.is_terminal:
-            columns = (BarColumn(bar_width=24), TextColumn("{task.description}", markup=False))
-            self._bar = RichProgress(*columns, console=self.console)
+            columns = (BarColumn(bar_width=16), TextColumn("{task.description}", markup=False))
+            self._bar = RichProgress(*columns, console=self.console, transient=True)
             self._task = self._bar.add_task(f"{first_step}/{total_steps}", total=total_steps, completed=first_step)
             self._bar.start()
 
@@ -69,9 +69,8 @@ class Progress:
         text = "  ".join(part for part in parts if part is not None)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step, description=text)
-            if eval_loss is not None:
-                self.say(text)
-        elif step % self._every == 0 or step == self._total or eval_loss is not None:
+        stays = step == self._total or eval_loss is not None
+        if stays or (self._bar is None and step % self._every == 0):
             self.say(text)
 
     def seconds_left(self) -> float | None:
