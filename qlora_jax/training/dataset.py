@@ -55,7 +55,7 @@ def load_dataset(config: TrainConfig, renderer: "Renderer") -> Dataset:
         raise UserError("data.path is not given", why="there is nothing to train on", fix="data.path=rows.jsonl")
     rows = read_conversations(data.path)
     if data.eval_path is not None:
-        train, held_out = rows, read_conversations(data.eval_path)
+        train, held_out = rows, read_conversations(data.eval_path, setting="data.eval_path")
     else:
         train, held_out = _split(rows, data.eval_split or 0, config.seed, data.path)
     limit = config.train.seq_len

@@ -79,14 +79,14 @@ def measure_model(checkpoint: "Checkpoint", config: TrainConfig) -> Sizes:
 
 def measure_epoch(config: TrainConfig, examples: Sequence["Example"]) -> Epoch:
     """Batches in a pass; with packing and many rows, from the fill of the first ones."""
-    from qlora_jax.data.loader import Loader
-
     train = config.train
     slots = train.batch_size * train.seq_len
     tokens = sum(len(example.input_ids) for example in examples)
     if not train.packing:
         batches = math.ceil(len(examples) / train.batch_size)
         return Epoch(batches, tokens / (len(examples) * train.seq_len))
+    from qlora_jax.data.loader import Loader
+
     loader = Loader(
         examples, batch_size=train.batch_size, seq_len=train.seq_len, packing=True, seed=config.seed, repeat=False
     )
