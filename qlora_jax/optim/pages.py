@@ -99,7 +99,7 @@ class Layout:
             if reason:
                 self.oversize[self.names[group[0]]] = f"{nbytes(first)} bytes in one page: {reason}"
             else:
-                rows = max(1, page_bytes // (nbytes(first) // first.shape[0]))
+                rows = _rows(first.shape[0], page_bytes // (nbytes(first) // first.shape[0]))
         return Page(group, rows, state, owned)
 
     def _check_cover(self) -> None:
@@ -114,6 +114,16 @@ class Layout:
                 "(optax.flatten joins leaves; inject_hyperparams without hyperparam_dtype takes the widest dtype)",
                 fix="chain(that_transformation, paged(rest)), or inject_hyperparams(..., hyperparam_dtype=jnp.float32)",
             )
+
+
+def _rows(length: int, most: int) -> int:
+    """Entries of axis 0 per turn, at most `most` (but one at least): a divisor of `length` where a fair one exists.
+
+    Otherwise the last slice overlaps the one before it, which costs 6 pages for AdamW instead of 4 (both measured with
+    XLA's GPU compiler: masked and unmasked values are both kept), hence two thirds of the entries.
+    """
+    fewer = max(1, 2 * most // 3)
+    return next((rows for rows in range(most, fewer, -1) if length % rows == 0), fewer)
 
 
 def _why_whole(leaf: Any, state: Mapping[str, Any]) -> str:
