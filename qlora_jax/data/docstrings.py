@@ -91,9 +91,10 @@ def _scan() -> list[dict[str, Any]]:
     try:
         child = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, encoding="utf-8", check=True)
     except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or "it runs a second time to import its standard library"
         raise UserError(
             f"the docstrings of {sys.executable or 'this Python'} cannot be read: {error}",
-            why=(getattr(error, "stderr", None) or "it runs a second time to import its standard library").strip()[-500:],
+            why=said.strip()[-500:],
             fix="data.path=rows.jsonl   (rows of your own)",
         ) from error
     return [json.loads(line) for line in child.stdout.splitlines()]
@@ -164,7 +165,6 @@ def finish(sentence: str) -> str:
 # ---- Sentences that would teach something else than answering
 
 _CODE = re.compile(r"(^|\s)=(\s|$)|^\w*[_(]|^\w+\.\w")
-_APOSTROPHE = re.compile(r"\w'\w|s'")
 _MARKUP = re.compile(r"->|>>>|\.\.\.|::|__|:(class|meth|func|mod|ref|exc|attr|data):|\bTODO\b|\bXXX\b|https?:|\|", re.I)
 _REFERS_ELSEWHERE = re.compile(
     r"^(alias|see|same as|like|equivalent to|create and return) |^(the same|inherit|override|convenience|helper)|"
@@ -174,13 +174,17 @@ _REFERS_ELSEWHERE = re.compile(
 _INTERNAL = re.compile(r"deprecat|^(internal|constructor|copyright)|^initiali[sz]e self", re.I)
 
 
+def _half_quoted(text: str) -> bool:
+    return text.count("'") % 2 == 1 and not re.search(r"\w'\w|s'", text)
+
+
 def _unpaired(text: str) -> bool:
     return text.count("(") != text.count(")") or text.count("`") % 2 == 1 or text.count('"') % 2 == 1
 
 
 _FAULTS: list[tuple[str, Callable[[str], object]]] = [
     ("empty or not ASCII", lambda text: len(text) < 2 or not text.isascii()),
-    ("code in the sentence", lambda text: _CODE.search(text) or text.count("'") % 2 and not _APOSTROPHE.search(text)),
+    ("code in the sentence", lambda text: _CODE.search(text) or _half_quoted(text)),
     ("signature or markup", _MARKUP.search),
     ("refers to something else", _REFERS_ELSEWHERE.search),
     ("deprecated or internal", _INTERNAL.search),
