@@ -1,0 +1,17 @@
+// AVX-512: float32 multiply-adds, 16 lanes.
+#define QLORA_JAX_ISA avx512
+
+#include "problem.h"
+
+#include "avx512_vectors.h"
+
+#include "kernels.h"
+
+namespace qlora_jax {
+
+const InstructionSet& Avx512() {
+  static constexpr InstructionSet set = avx512::Kernels<avx512::Float32Steps>::Named("avx512");
+  return set;
+}
+
+}  // namespace qlora_jax
