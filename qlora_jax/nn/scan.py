@@ -18,7 +18,6 @@ from jaxtyping import PRNGKeyArray
 from qlora_jax.errors import UserError
 from qlora_jax.nf4 import NF4Tensor
 from qlora_jax.nn.lora import take_key
-from qlora_jax.nn.traversal import dotted
 from qlora_jax.nn.variables import NF4Param
 
 Carry = TypeVar("Carry")
@@ -89,8 +88,9 @@ def _scan(block: nnx.Module, call: Callable[..., Any], h: Any, xs: Any, remat: b
         index, rest_i, xs_i = scanned
         views = jax.tree.map(lambda w: w.layer(index), packed, is_leaf=lambda w: isinstance(w, NF4Tensor))
         layer = nnx.merge(graphdef, views, rest_i)
+        before = _values(layer)
         result = call(layer, h, index, xs_i)
-        _refuse_changes(layer, views, rest_i)
+        _refuse_changes(before, _values(layer))
         return result
 
     # Inside a scan nothing can be merged with its recomputation; the barriers against that would only cost copies.
@@ -99,13 +99,10 @@ def _scan(block: nnx.Module, call: Callable[..., Any], h: Any, xs: Any, remat: b
 
 
 def _num_layers(block: nnx.Module, packed: nnx.State, rest: nnx.State, xs: Any) -> int:
-    lengths: dict[str, int | None] = {}
-    for path, variable in nnx.to_flat_state(packed):
-        lengths[dotted(tuple(map(str, path)))] = variable.get_value().num_layers
-    for prefix, tree in (("", rest), ("xs.", xs)):
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            name = prefix + jax.tree_util.keystr(keys, simple=True, separator=".")
-            lengths[name] = leaf.shape[0] if leaf.ndim else None
+    lengths = {name: value.num_layers for name, value in _values(packed).items()}
+    lengths |= {name: _first_axis(value) for name, value in _values(rest).items()}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(xs):
+        lengths["xs" + jax.tree_util.keystr(keys)] = _first_axis(leaf)
     num_layers = next(iter(lengths.values()), None)
     if num_layers is None or len(set(lengths.values())) != 1:
         listing = ", ".join(f"{name}: {length or 'none'}" for name, length in lengths.items())
@@ -117,13 +114,27 @@ def _num_layers(block: nnx.Module, packed: nnx.State, rest: nnx.State, xs: Any) 
     return num_layers
 
 
-def _refuse_changes(layer: nnx.Module, views: nnx.State, rest: nnx.State) -> None:
-    before = dict(nnx.to_flat_state(views)) | dict(nnx.to_flat_state(rest))
-    for path, variable in nnx.to_flat_state(nnx.state(layer)):
-        old = jax.tree.leaves(before.get(path))
-        if [id(leaf) for leaf in jax.tree.leaves(variable)] != [id(leaf) for leaf in old]:
+def _refuse_changes(before: dict[str, Any], after: dict[str, Any]) -> None:
+    for name, value in after.items():
+        old, new = jax.tree.leaves(before.get(name)), jax.tree.leaves(value)
+        if len(old) != len(new) or any(a is not b for a, b in zip(old, new, strict=True)):
             raise UserError(
-                f"a layer changed its variable {dotted(tuple(map(str, path)))} inside scan_layers",
+                f"a layer changed its variable {name} inside scan_layers",
                 why="the change would be lost: a stored random stream would give every step the same numbers",
                 fix="scan_layers(..., rngs=key) for randomness, scan_layers_with for values that belong to a layer",
             )
+
+
+def _values(node: Any) -> dict[str, Any]:
+    """Raw value of each variable (or bare array) of a module or state, by dotted path."""
+    state = node if isinstance(node, nnx.State) else nnx.state(node)
+    return {
+        ".".join(map(str, path)): leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+        for path, leaf in nnx.to_flat_state(state)
+    }
+
+
+def _first_axis(value: Any) -> int | None:
+    leaves = jax.tree.leaves(value)
+    lengths = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
+    return lengths.pop() if len(lengths) == 1 else None
