@@ -1,0 +1,1 @@
+"""Models: readable NNX modules with stacked layers, and their loading from foreign checkpoints."""

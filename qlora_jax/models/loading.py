@@ -1,0 +1,242 @@
+"""load_model: from a checkpoint's files to a model with frozen 4-bit weights, one tensor at a time."""
+
+import difflib
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from qlora_jax.checkpoints.source import Checkpoint, open_checkpoint
+from qlora_jax.errors import UserError, UserErrors
+from qlora_jax.models.config import BLOCK_LINEARS, BLOCK_NORMS, LlamaConfig
+from qlora_jax.models.llama import Llama
+from qlora_jax.nf4 import NF4Tensor, quantize
+from qlora_jax.nn import add_lora
+from qlora_jax.nn.traversal import matching
+
+_NAMED_AT_MOST = 5
+
+
+def load_model(
+    path: str | Path | Checkpoint,
+    *,
+    quant_type: str | None = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    rank: int = 0,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    targets: Sequence[str] | None = None,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Llama:
+    """Loads a pretrained LLaMA for finetuning: the linears of its blocks in 4 bits, all frozen but the adapters.
+
+    Tensors are read one after the other and quantized as they arrive: host memory holds one of them and one stack of
+    quantized layers, never the model in 16 bits. Linears keep the checkpoint's dtype (`kernel.dtype`) where that is
+    bfloat16 or float16; a float32 checkpoint's linears are rounded to bfloat16 first. Embeddings, norms, biases and the
+    head stay dense, with the checkpoint's values and dtype.
+
+    Args:
+      path: an HF folder, a .gguf file, a hub name, or what `open_checkpoint` returned for one.
+      quant_type: "nf4", or None to keep the linears in 16 bits (LoRA without the Q).
+      block_size: weights per scale.
+      double_quant: whether to quantize the scales.
+      rank: rank of the LoRA adapters; 0: none (`load_adapter` can add them later).
+      alpha: adapters are scaled by `alpha / rank`.
+      dropout: probability of dropout on the adapters' inputs, in calls with `rngs`.
+      targets: names of the linears that get adapters, such as ["q_proj", "v_proj"]; None: all seven of every block.
+      dtype: dtype of the activations: bfloat16, float16 or float32. Weights keep their own.
+      seed: decides the adapters' initial A (B is zero).
+      progress: called as `progress(tensors read, tensors in all)` after each one.
+
+    Raises:
+      UserError: nothing usable at `path`; a tensor missing, unexpected, of another shape than config.json says, or
+        with values that are not finite; an unknown target.
+    """
+    checkpoint = open_checkpoint(path) if isinstance(path, str | Path) else path
+    config = LlamaConfig.from_dict(checkpoint.config)
+    _check_targets(targets or ())
+    _check_tensors(checkpoint, config)
+    encode: _Encode = _to_kernel
+    if quant_type is not None:
+        encode = functools.partial(
+            _to_nf4, quant_type=quant_type, block_size=block_size, double_quant=double_quant
+        )
+    reader = _Reader(checkpoint, config.num_hidden_layers, progress)
+    layers: dict[str, Any] = {norm: {"weight": reader.stack(f"{norm}.weight", _as_is)} for norm in BLOCK_NORMS}
+    for linear in BLOCK_LINEARS:
+        group, name = linear.split(".")
+        parts = {"kernel": reader.stack(f"{linear}.weight", encode)}
+        if config.has_bias(linear):
+            parts["bias"] = reader.stack(f"{linear}.bias", _as_is)
+        layers.setdefault(group, {})[name] = parts
+    weights = {
+        "embed_tokens": {"weight": reader.one("model.embed_tokens.weight", _as_is)},
+        "layers": layers,
+        "norm": {"weight": reader.one("model.norm.weight", _as_is)},
+    }
+    if not config.tie_word_embeddings:
+        weights["lm_head"] = {"weight": reader.one("lm_head.weight", _as_is)}
+    model = Llama(config, weights, dtype)
+    if rank:
+        add_lora(
+            model, rank=rank, alpha=alpha, dropout=dropout, targets=targets or BLOCK_LINEARS, rngs=nnx.Rngs(seed)
+        )
+    return model
+
+
+# What becomes of a tensor, and whether all its values are finite.
+_Encode = Callable[[Array], tuple[Any, Array]]
+
+
+class _Reader:
+    """Reads tensors in turn, each turned into what the model keeps before the next one is read."""
+
+    def __init__(self, checkpoint: Checkpoint, num_layers: int, progress: Callable[[int, int], None] | None) -> None:
+        self.checkpoint = checkpoint
+        self.num_layers = num_layers
+        self.progress = progress
+        self.done, self.total = 0, len(checkpoint.names())
+
+    def one(self, name: str, encode: _Encode) -> Any:
+        value, finite = encode(jnp.asarray(self.checkpoint.read(name)))
+        if not finite:
+            raise UserError(
+                f"tensor {name!r} of {self.checkpoint.path} has values that are NaN or infinite",
+                why="every output of the model would be NaN",
+                fix="fetch the checkpoint again, or take an earlier one of the same training",
+            )
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+        return value
+
+    def stack(self, name: str, encode: _Encode) -> Any:
+        """The tensors of that name in every layer, with `[L]` in front."""
+        stacks: Any = None
+        for layer in range(self.num_layers):
+            value = self.one(f"model.layers.{layer}.{name}", encode)
+            if stacks is None:
+                stacks = jax.tree.map(lambda leaf: np.empty((self.num_layers, *leaf.shape), leaf.dtype), value)
+            for stack, leaf in zip(jax.tree.leaves(stacks), jax.tree.leaves(value), strict=True):
+                stack[layer] = leaf
+        return jax.device_put(stacks)
+
+
+def _as_is(tensor: Array) -> tuple[Array, Array]:
+    return tensor, _all_finite(tensor)
+
+
+@jax.jit
+def _all_finite(tensor: Array) -> Array:
+    return jnp.isfinite(tensor).all()
+
+
+@jax.jit
+def _to_kernel(weight: Float[Array, "out in"]) -> tuple[Float[Array, "in out"], Array]:
+    weight = _in_16_bits(weight)
+    return weight.T, jnp.isfinite(weight).all()
+
+
+@functools.partial(jax.jit, static_argnames=("quant_type", "block_size", "double_quant"))
+def _to_nf4(
+    weight: Float[Array, "out in"], *, quant_type: str, block_size: int, double_quant: bool
+) -> tuple[NF4Tensor, Array]:
+    weight = _in_16_bits(weight)
+    return quantize(weight.T, quant_type, block_size, double_quant), jnp.isfinite(weight).all()
+
+
+def _in_16_bits(weight: Array) -> Array:
+    return weight.astype(jnp.bfloat16) if weight.dtype == jnp.float32 else weight
+
+
+def _check_targets(targets: Sequence[str]) -> None:
+    paths = [("layers", *linear.split(".")) for linear in BLOCK_LINEARS]
+    names = [path[-1] for path in paths]
+    for target in targets:
+        if not any(matching(path, (target,)) for path in paths):
+            close = difflib.get_close_matches(target, names, n=1)
+            raise UserError(
+                f"unknown LoRA target {target!r}",
+                why=f"the linears of a block are {', '.join(names)}",
+                fix=f"did you mean {close[0]}?" if close else "",
+            )
+
+
+def _check_tensors(checkpoint: Checkpoint, config: LlamaConfig) -> None:
+    """Compares names, shapes and dtypes with what the configuration asks for; reads no tensor.
+
+    Raises:
+      UserError: everything that does not fit, at once.
+    """
+    expected = config.tensor_shapes()
+    names = checkpoint.names()
+    errors = []
+    if missing := [name for name in expected if name not in set(names)]:
+        errors.append(
+            UserError(
+                f"{len(missing)} tensors are missing in {checkpoint.path}: {_some(missing)}",
+                why="the model's configuration asks for them",
+                fix="fetch the checkpoint again; config.json and the weights must belong together",
+            )
+        )
+    if unexpected := [name for name in names if name not in expected]:
+        errors.append(
+            UserError(
+                f"{len(unexpected)} tensors of {checkpoint.path} have no place in the model: {_some(unexpected)}",
+                why="leaving them out would compute something else than the model they belong to",
+                fix="config.json and the weights must belong together, and be a plain LLaMA",
+            )
+        )
+    there = [name for name in names if name in expected]
+    wrong = [name for name in there if tuple(checkpoint.shape(name)) != expected[name]]
+    errors += [
+        UserError(
+            f"tensor {name!r} of {checkpoint.path} has shape {tuple(checkpoint.shape(name))}, expected {expected[name]}",
+            why=f"that is what the model's configuration says ({_sizes(config)})",
+            fix="config.json and the weights must belong together",
+        )
+        for name in wrong[:_NAMED_AT_MOST]
+    ]
+    if len(wrong) > _NAMED_AT_MOST:
+        errors.append(UserError(f"... and {len(wrong) - _NAMED_AT_MOST} more tensors of another shape"))
+    errors += _mixed_dtypes(checkpoint, there)
+    if errors:
+        raise errors[0] if len(errors) == 1 else UserErrors(errors)
+
+
+def _mixed_dtypes(checkpoint: Checkpoint, names: list[str]) -> list[UserError]:
+    """Layers are stacked, so the same tensor has to have one dtype in all of them."""
+    first: dict[str, str] = {}
+    for name in names:
+        parts = name.split(".")
+        if parts[1] != "layers":
+            continue
+        other = first.setdefault(".".join(parts[3:]), name)
+        if checkpoint.dtype(name) != checkpoint.dtype(other):
+            found, wanted = checkpoint.dtype(name), checkpoint.dtype(other)
+            return [
+                UserError(
+                    f"tensor {name!r} of {checkpoint.path} is stored as {found}, {other!r} as {wanted}",
+                    why="one tensor must have the same dtype in all layers",
+                )
+            ]
+    return []
+
+
+def _sizes(config: LlamaConfig) -> str:
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    return ", ".join(f"{key}={getattr(config, key)}" for key in keys)
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - _NAMED_AT_MOST
+    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {rest} more" if rest > 0 else "")
