@@ -2,14 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
 import qlora_jax
 
 
-def test_one_step_lowers_the_loss_and_leaves_the_base_alone():
+def test_one_step_on_the_adapters_lowers_the_loss():
     dense = qlora_jax.nf4_dense.from_linear(nnx.Linear(64, 32, rngs=nnx.Rngs(0)), rank=4, rngs=nnx.Rngs(1))
     graph, adapters, frozen = nnx.split(dense, qlora_jax.trainable(dense), ...)
     x, y = jax.random.normal(jax.random.key(2), (8, 64)), jnp.ones((8, 32))
@@ -22,7 +21,7 @@ def test_one_step_lowers_the_loss_and_leaves_the_base_alone():
     before, gradient = jax.value_and_grad(loss)(adapters)
     updates, state = tx.update(gradient, state, adapters)
     assert loss(optax.apply_updates(adapters, updates)) < before
-    np.testing.assert_array_equal(dense.kernel.get_value().packed, jax.tree.leaves(frozen)[0])
+    assert {leaf.shape for leaf in jax.tree.leaves(gradient)} == {(64, 4), (4, 32)}
 
 
 def test_the_compiled_kernels_were_installed():
