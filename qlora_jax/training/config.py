@@ -94,10 +94,10 @@ class DataSection(Section):
         description="Held out of data.path where there is no data.eval_path: a fraction below 1, or a number of rows. "
         f"null: {DEFAULT_EVAL_SPLIT}. 0: nothing is evaluated.",
     )
-    template: Literal["auto", "plain"] = Field(
+    template: Literal["auto", "chat", "plain"] = Field(
         "auto",
-        description="auto: the tokenizer's own chat template where it has one. plain: headings in "
-        "plain text, for base models.",
+        description="auto: the tokenizer's chat template where it has one, else plain. chat: insist on it. plain: "
+        "'### Instruction:' headings, for base models.",
     )
 
     @model_validator(mode="before")

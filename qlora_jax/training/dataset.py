@@ -49,6 +49,7 @@ def load_dataset(config: TrainConfig, renderer: "Renderer") -> Dataset:
       UserError: bad rows (all of them), or none left to train on or to evaluate.
     """
     from qlora_jax.data.formats import read_conversations
+    from qlora_jax.data.loader import drop_long
 
     data = config.data
     if data.path is None:
@@ -59,21 +60,22 @@ def load_dataset(config: TrainConfig, renderer: "Renderer") -> Dataset:
     else:
         train, held_out = _split(rows, data.eval_split or 0, config.seed, data.path)
     limit = config.train.seq_len
-    train_examples = [renderer.render(conversation) for conversation in train]
-    kept = [example for example in train_examples if len(example.input_ids) <= limit]
+    examples = [renderer.render(conversation) for conversation in train]
+    kept, too_long = drop_long(examples, limit)
     if not kept:
-        raise _all_too_long(data.path, train_examples, limit)
-    eval_pairs = [(conversation, renderer.render(conversation)) for conversation in held_out]
-    eval_kept = [pair for pair in eval_pairs if len(pair[1].input_ids) <= limit]
+        raise _all_too_long(data.path, examples, limit)
+    eval_examples = [renderer.render(conversation) for conversation in held_out]
+    eval_kept, eval_too_long = drop_long(eval_examples, limit)
     if held_out and not eval_kept:
-        raise _all_too_long(data.eval_path or f"{data.path}, held out", [example for _, example in eval_pairs], limit)
-    shown = eval_kept[: config.eval.rows]
+        raise _all_too_long(data.eval_path or f"{data.path}, held out", eval_examples, limit)
+    evaluation = eval_kept[: config.eval.rows]
+    lines = {example.line for example in evaluation}
     return Dataset(
         train=kept,
-        evaluation=[example for _, example in shown],
-        train_too_long=len(train_examples) - len(kept),
-        eval_too_long=len(eval_pairs) - len(eval_kept),
-        held_out=[conversation for conversation, _ in shown],
+        evaluation=evaluation,
+        train_too_long=too_long,
+        eval_too_long=eval_too_long,
+        held_out=[conversation for conversation in held_out if conversation.line in lines],
     )
 
 

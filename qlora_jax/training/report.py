@@ -28,9 +28,9 @@ class Sample:
 def write_report(folder: RunFolder, config: TrainConfig, result: "Result") -> None:
     """Writes report.json (the result, every evaluation, the samples) and loss.png."""
     metrics = folder.read_metrics()
-    report: dict[str, Any] = {"model": config.model.path, "data": config.data.path}
-    report |= {key: value for key, value in asdict(result).items() if value is not None}
+    report: dict[str, Any] = {"model": config.model.path, "data": config.data.path, **asdict(result)}
     report["eval_loss"] = {line["step"]: line["eval_loss"] for line in metrics if "eval_loss" in line}
+    report = {key: value for key, value in report.items() if value is not None}
     write_atomically(folder.report_path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     plot_losses(folder, title=folder.path.name, metrics=metrics)
 
