@@ -82,6 +82,7 @@ def build_docstring_set(seed: int = 0, eval_rows: int = 400) -> DocstringSet:
     for rows in (train, held_out):
         rows.sort(key=lambda row: row["name"])
         shuffle(rows)
+    dropped["held out beyond eval_rows"] = len(held_out[eval_rows:])
     return DocstringSet(train, held_out[:eval_rows], dropped)
 
 

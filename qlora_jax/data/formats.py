@@ -58,7 +58,7 @@ def read_conversations(path: str | Path, *, setting: str = "data.path") -> list[
       setting: the configuration key that names the file, for messages.
 
     Raises:
-      UserError: no such file, not UTF-8, no JSON, no rows; or broken rows, each with its line, what was found and what
+      UserError: no such file, not UTF-8, not JSON, no rows; or broken rows, each with its line, what was found and what
         is expected: the first SHOWN_FAULTS, then their number.
     """
     conversations: list[Conversation] = []

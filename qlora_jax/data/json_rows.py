@@ -93,9 +93,9 @@ def _parse(line: int, text: str) -> JsonRow:
     try:
         return JsonRow(line, json.loads(text))
     except json.JSONDecodeError as error:
-        return JsonRow(line + error.lineno - 1, fault=f"no JSON: {error.msg}, column {error.colno}")
+        return JsonRow(line + error.lineno - 1, fault=f"not JSON: {error.msg}, column {error.colno}")
     except RecursionError:
-        return JsonRow(line, fault="no JSON that can be read: nested too deeply")
+        return JsonRow(line, fault="not JSON that can be read: nested too deeply")
 
 
 def _list_rows(text: str) -> list[JsonRow]:
@@ -109,7 +109,7 @@ def _list_rows(text: str) -> list[JsonRow]:
         try:
             value, position = decoder.raw_decode(text, begin)
         except json.JSONDecodeError as error:
-            fault = f"no JSON: {error.msg}, column {error.colno}; the rest of the list was not read"
+            fault = f"not JSON: {error.msg}, column {error.colno}; the rest of the list was not read"
             return [*rows, JsonRow(error.lineno, fault=fault)]
         except RecursionError:
             return [*rows, JsonRow(line.at(begin), fault="nested too deeply; the rest of the list was not read")]
@@ -119,7 +119,7 @@ def _list_rows(text: str) -> list[JsonRow]:
             position = _skip_space(text, position + 1)
         elif not text.startswith("]", position):
             found = repr(text[position]) if position < len(text) else "the end of the file"
-            fault = f"no JSON: , or ] expected after a row, found {found}; the rest of the list was not read"
+            fault = f"not JSON: , or ] expected after a row, found {found}; the rest of the list was not read"
             return [*rows, JsonRow(line.at(position), fault=fault)]
     rest = _skip_space(text, position + 1)
     if rest < len(text):

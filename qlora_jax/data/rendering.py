@@ -8,9 +8,9 @@ first i messages, for an answer i of a conversation
     text(i + 1)       =  "<|im_start|>user\\nHello<|im_end|>\\n<|im_start|>assistant\\nHi!<|im_end|>\\n"
 
 both begin the text of the whole conversation, and the answer is what the second has more than the first. That text is
-tokenized once; the tokenizer's character offsets say which tokens lie inside an answer. Nothing is searched for in the
-text or in the ids, so it does not matter whether the padding token is the end-of-sequence token, or whether an answer
-quotes a header.
+tokenized once; the tokenizer's character offsets say which tokens have a part in an answer (one that joins the header's
+last white space to the first word does). Nothing is searched for in the text or in the ids, so it does not matter
+whether the padding token is the end-of-sequence token, or whether an answer quotes a header.
 """
 
 from collections.abc import Sequence
@@ -92,7 +92,7 @@ class Renderer:
         ids, starts, ends = self._tokens(text)
         trained = np.zeros(len(ids), bool)
         for start, end in answers:
-            trained |= (starts >= start) & (ends <= end)
+            trained |= (ends > start) & (starts < end)
         if not trained[1:].any():
             raise UserError(f"{place}: no token to train on", why=f"it is rendered as {text[-200:]!r}", fix=_PLAIN)
         return Example(ids, trained, conversation.line)
