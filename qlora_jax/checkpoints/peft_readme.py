@@ -19,7 +19,7 @@ def readme(config: dict[str, Any], base_model: str, base_sha256: str, precision:
     gguf = base_model.endswith(".gguf")
     path = Path(base_model)
     base = f'"{path.parent}", gguf_file="{path.name}"' if gguf else f'"{base_model}"'
-    digest = path.name if gguf else "*.safetensors"
+    weights = path.name if gguf else "*.safetensors"
     return f"""---
 library_name: peft
 ---
@@ -29,21 +29,22 @@ Rank {config["r"]}, alpha {config["lora_alpha"]}, on {", ".join(config["target_m
 
 - Made by qlora_jax {__version__}
 - Base model: `{base_model}`
-- sha256 of its weights: `{base_sha256}` (`cat {digest} | sha256sum`)
+- sha256 of its weights: `{base_sha256}` (`cat {weights} | sha256sum`)
 - Its linear layers in training: {precision}
 
 In PEFT:
 
 ```python
+import peft, transformers
 model = transformers.AutoModelForCausalLM.from_pretrained({base}, dtype="bfloat16")
 model = peft.PeftModel.from_pretrained(model, "{folder}")
 tokenizer = transformers.AutoTokenizer.from_pretrained("{folder}")
-print(tokenizer.decode(model.generate(**tokenizer("Hello", return_tensors="pt"))[0]))
 ```
 
 In JAX:
 
 ```python
+import qlora_jax
 model = qlora_jax.load_adapter(qlora_jax.load_model("{base_model}"), "{folder}")
 ```
 """

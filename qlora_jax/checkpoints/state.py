@@ -1,10 +1,10 @@
 """Our own checkpoints: adapter, optimizer state, data position and the base's fingerprint. Never the base itself.
 
     FOLDER/<step>/arrays/           Orbax: the leaves of both trees, by name
-    FOLDER/<step>/checkpoint.json   step, data, fingerprint, and shape and dtype of each leaf
+    FOLDER/<step>/checkpoint.json   step, data, fingerprint; shape and dtype of each leaf; size of each file
 
 A step is written beside its place and renamed into it when whole. So whatever ends the process, and whenever, a folder
-whose name is a number is a complete step.
+whose name is a number is a complete step. The sizes find what was cut short later, by a full disk or a broken copy.
 """
 
 import json
@@ -42,8 +42,8 @@ class CheckpointStore:
         """The complete steps, oldest first."""
         if not self.folder.is_dir():
             return []
-        complete = (entry for entry in self.folder.iterdir() if (entry / "checkpoint.json").is_file())
-        return sorted(int(entry.name) for entry in complete if entry.name.isdecimal())
+        numbered = (entry for entry in self.folder.iterdir() if entry.name.isdecimal())
+        return sorted(int(entry.name) for entry in numbered if not _damage(entry))
 
     def latest(self) -> int | None:
         """The newest complete step; None where there is none."""
@@ -64,7 +64,8 @@ class CheckpointStore:
         """
         trees = {name: _named_leaves(tree) for name, tree in zip(_TREES, (adapter, optimizer), strict=True)}
         leaves = {name: {key: _describe(leaf) for key, leaf in tree.items()} for name, tree in trees.items()}
-        record = json.dumps({"step": step, "data": data, "fingerprint": fingerprint, "leaves": leaves}, indent=1)
+        record = {"step": step, "data": data, "fingerprint": fingerprint, "leaves": leaves}
+        json.dumps(record)  # before anything is written
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -79,8 +80,10 @@ class CheckpointStore:
         staging = self.folder / f"{_STAGING}{step}"
         with _checkpointer() as checkpointer:
             checkpointer.save(staging / "arrays", args=ocp.args.StandardSave(trees))
+        written = sorted(path for path in (staging / "arrays").rglob("*") if path.is_file())
+        record["files"] = {str(path.relative_to(staging)): path.stat().st_size for path in written}
         with open(staging / "checkpoint.json", "w", encoding="utf-8") as file:
-            file.write(record)
+            json.dump(record, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         place, replaced = self.folder / str(step), self.folder / f"{_DISCARDED}{step}"
@@ -104,30 +107,22 @@ class CheckpointStore:
           {"adapter", "optimizer": trees, "data", "fingerprint": dicts}.
 
         Raises:
-          UserError: no such step, leaves of other names, shapes or dtypes than asked for, or a damaged file.
+          UserError: no such complete step, or leaves of other names, shapes or dtypes than asked for.
         """
         place = self.folder / str(step)
-        try:
-            record = json.loads((place / "checkpoint.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        if damage := _damage(place):
             raise UserError(
                 f"no complete checkpoint of step {step} in {self.folder}",
-                why=f"{error}",
-                fix=f"complete steps: {self.steps() or 'none'}",
-            ) from error
+                why=damage,
+                fix=f"complete steps: {', '.join(map(str, self.steps())) or 'none'}",
+            )
+        record = json.loads((place / "checkpoint.json").read_text(encoding="utf-8"))
         likes = {name: _named_leaves(tree) for name, tree in zip(_TREES, (adapter_like, optimizer_like), strict=True)}
         for name, tree in likes.items():
             _check(place, name, record["leaves"][name], tree)
         targets = jax.tree.map(_target, likes)
-        try:
-            with _checkpointer() as checkpointer:
-                arrays = checkpointer.restore(place / "arrays", args=ocp.args.StandardRestore(targets))
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"the checkpoint {place} is damaged",
-                why=str(error).splitlines()[0] if str(error) else type(error).__name__,
-                fix="delete it to resume from the one before",
-            ) from error
+        with _checkpointer() as checkpointer:
+            arrays = checkpointer.restore(place / "arrays", args=ocp.args.StandardRestore(targets))
         restored = {}
         for name, like in zip(_TREES, (adapter_like, optimizer_like), strict=True):
             restored[name] = jax.tree.unflatten(jax.tree.structure(like), [arrays[name][key] for key in likes[name]])
@@ -139,6 +134,21 @@ class CheckpointStore:
             doomed = self.folder / f"{_DISCARDED}{step}"
             (self.folder / str(step)).rename(doomed)
             shutil.rmtree(doomed)
+
+
+def _damage(place: Path) -> str | None:
+    """What is wrong with the files of a step; None where all are there in the size in which they were written."""
+    try:
+        files = json.loads((place / "checkpoint.json").read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{place / 'checkpoint.json'} cannot be read ({type(error).__name__})"
+    for name, size in files.items():
+        file = place / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if file.stat().st_size != size:
+            return f"{file} has {file.stat().st_size} bytes, {size} were written"
+    return None
 
 
 def _checkpointer() -> ocp.Checkpointer:

@@ -55,6 +55,7 @@ class TinyGGUF:
     types: dict[str, Q] = dataclasses.field(default_factory=dict)  # by the part of the name: "attn_q", "token_embd"
     architecture: str = "llama"
     tied: bool = True
+    norms: float | None = None  # one value for all norms, instead of random ones
     bias: bool = False
     metadata: dict[str, object] = dataclasses.field(default_factory=dict)
     extra: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -106,7 +107,9 @@ class TinyGGUF:
         expected = {}
         for name, hf_name, shape, heads in self.tensors():
             kind = Q.F32 if len(shape) == 1 else self.types.get(name.split(".")[-2], self.types.get("*", Q.F32))
-            values = rng.normal(size=shape).astype(np.float32)
+            values = (0.1 * rng.normal(size=shape)).astype(np.float32)
+            if self.norms is not None and "norm" in name:
+                values[:] = self.norms
             stored = quantize(to_llama_cpp_rows(values, heads) if heads else values, kind)
             writer.add_tensor(name, stored, raw_dtype=kind)
             in_hf_rows = quantize(values, kind)  # blocks lie along a row, so rows can be permuted after quantizing

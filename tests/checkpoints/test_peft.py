@@ -279,6 +279,22 @@ def test_real_adapter_of_all_linear_layers_with_rslora(golden_dir):
                 np.testing.assert_array_equal(dense.lora_b.get_value()[i], tensors[f"{key}.lora_B.weight"].T)
 
 
+def test_logits_of_a_real_adapter_on_a_real_base(golden_dir):
+    """PEFT on bitsandbytes' 4-bit base in bfloat16 wrote these logits; golden/README.md gives the tolerance."""
+    from qlora_jax.models.loading import load_model
+
+    interop = golden_dir / "interop"
+    golden = np.load(interop / "tiny_llama_logits.npz")
+    model = load_model(interop / "tiny_llama_bf16", dtype=jnp.float32)
+    ids = jnp.asarray(golden["ids"], jnp.int32)
+    base = np.asarray(model(ids))
+    adapted = np.asarray(load_adapter(model, interop / "adapter_all_linear")(ids))
+    for ours, theirs in ((base, golden["logits_base"]), (adapted, golden["logits_adapter"])):
+        assert np.abs(ours - theirs).max() < 1e-2
+        assert np.sqrt(np.mean((ours - theirs) ** 2)) < 3e-3
+    assert np.abs(base - adapted).max() > 0.1
+
+
 def test_real_adapter_of_default_targets(golden_dir):
     model = load_adapter(stacked_model(), golden_dir / "interop" / "adapter_default")
     ranks = {name: getattr(model.layers.self_attn, name).rank for name in SHAPES["self_attn"]}

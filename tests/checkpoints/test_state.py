@@ -143,11 +143,28 @@ def test_missing_step_and_damaged_step(tmp_path):
     store = CheckpointStore(tmp_path)
     with pytest.raises(UserError, match="no complete checkpoint of step 4"):
         store.restore(4, adapter_like=adapter, optimizer_like=optimizer)
-    save(store, 4, adapter, optimizer)
-    for file in (tmp_path / "4" / "arrays" / "d").iterdir():
-        file.write_bytes(file.read_bytes()[:10])
-    with pytest.raises(UserError, match=r"checkpoint .*4 is damaged"):
-        store.restore(4, adapter_like=adapter, optimizer_like=optimizer)
+    for step in (4, 6):
+        save(store, step, adapter, optimizer)
+    files = (path for path in (tmp_path / "6" / "arrays").rglob("*") if path.is_file())
+    file = max(files, key=lambda path: path.stat().st_size)
+    data = file.read_bytes()
+    file.write_bytes(data[:-1])
+    assert store.latest() == 4
+    with pytest.raises(UserError, match=rf"(?s)step 6 .*{file.name} has {len(data) - 1} bytes, {len(data)} were"):
+        store.restore(6, adapter_like=adapter, optimizer_like=optimizer)
+    file.unlink()
+    assert store.steps() == [4]
+    (tmp_path / "4" / "checkpoint.json").write_text('{"step": 4')
+    assert store.latest() is None
+
+
+def test_data_that_json_cannot_write_leaves_nothing_behind(tmp_path):
+    adapter, optimizer = trees()
+    with pytest.raises(TypeError):
+        CheckpointStore(tmp_path / "a").save(
+            1, adapter=adapter, optimizer=optimizer, data={"x": object()}, fingerprint={}
+        )
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_folder_that_is_a_file_and_a_useless_keep(tmp_path):

@@ -1,0 +1,164 @@
+"""Our files in torch, transformers and PEFT, and theirs here."""
+
+import warnings
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from gguf import GGMLQuantizationType as Q
+
+from qlora_jax.checkpoints import open_checkpoint
+from qlora_jax.checkpoints.peft import load_adapter, save_adapter
+from qlora_jax.models.config import BLOCK_LINEARS
+from qlora_jax.models.loading import load_model
+from qlora_jax.nf4 import NF4Tensor, dequantize
+
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # PEFT calls what transformers will remove
+]
+
+IDS = np.arange(3, 35, dtype=np.int32).reshape(1, 32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def torch():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch and its friends warn about at import is theirs
+        import peft
+        import torch
+        import transformers
+
+        yield torch
+    del peft, transformers
+
+
+def adapted(model, seed):
+    """Random values in A and B, of a size that moves the logits."""
+    rng = np.random.default_rng(seed)
+    for _, leaf in nnx.iter_graph(model):
+        if isinstance(leaf, nnx.LoRAParam):
+            leaf.set_value(jnp.asarray(0.1 * rng.normal(size=leaf.get_value().shape), jnp.float32))
+    return model
+
+
+def write_dequantized(model, source, torch):
+    """The folder's torch model, float32, with the linears' weights replaced by what our model multiplies with."""
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    state = reference.state_dict()
+    for linear in BLOCK_LINEARS:
+        part, name = linear.split(".")
+        kernel = getattr(getattr(model.layers, part), name).kernel.get_value()
+        values = np.asarray(dequantize(kernel) if isinstance(kernel, NF4Tensor) else kernel, np.float32)
+        for i, layer in enumerate(values):
+            state[f"model.layers.{i}.{linear}.weight"].copy_(torch.tensor(layer.T.copy()))
+    return reference
+
+
+def torch_logits(model, torch):
+    with torch.no_grad():
+        return model.eval()(torch.tensor(IDS, dtype=torch.long)).logits.numpy()
+
+
+@pytest.mark.parametrize("quant_type", [None, "nf4"])
+@pytest.mark.parametrize("targets", [None, ["q_proj", "down_proj"]], ids=["all linears", "two"])
+def test_our_adapter_in_peft_gives_our_logits(golden_dir, tmp_path, torch, quant_type, targets):
+    """Design table: exported adapter in real PEFT against ours, at most 1e-3 in float32."""
+    from peft import PeftModel
+
+    source = golden_dir / "interop" / "tiny_llama_bf16"
+    model = load_model(source, quant_type=quant_type, rank=8, alpha=20.0, targets=targets, dtype=jnp.float32)
+    reference = write_dequantized(model, source, torch)
+    plain = np.asarray(model(jnp.asarray(IDS)))
+    adapted(model, 1)
+    save_adapter(model, tmp_path / "adapter", base_model=str(source), base_sha256=open_checkpoint(source).fingerprint())
+    ours = np.asarray(model(jnp.asarray(IDS)))
+    assert np.abs(ours - plain).max() > 0.1  # the adapter matters
+    np.testing.assert_allclose(torch_logits(reference, torch), plain, atol=1e-4, rtol=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT warns about keys that it misses or does not know
+        with_adapter = PeftModel.from_pretrained(reference, str(tmp_path / "adapter"))
+    np.testing.assert_allclose(torch_logits(with_adapter, torch), ours, atol=1e-3, rtol=0)
+
+
+def test_pefts_adapter_here_gives_pefts_logits(golden_dir, tmp_path, torch):
+    from peft import LoraConfig, get_peft_model
+
+    source = golden_dir / "interop" / "tiny_llama_bf16"
+    model = load_model(source, dtype=jnp.float32)
+    reference = write_dequantized(model, source, torch)
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=4, lora_alpha=12, target_modules=["v_proj", "gate_proj"], task_type="CAUSAL_LM", use_rslora=True
+    )
+    theirs = get_peft_model(reference, config)
+    for name, value in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.1)
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = np.asarray(load_adapter(model, tmp_path / "adapter")(jnp.asarray(IDS)))
+    np.testing.assert_allclose(ours, torch_logits(theirs, torch), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("base", ["folder", "gguf"])
+def test_the_readmes_code_loads_the_adapter(golden_dir, tmp_path, tiny_gguf, torch, base):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    source = golden_dir / "interop" / "tiny_llama_bf16"
+    if base == "gguf":
+        source = tmp_path / "tiny.gguf"
+        tiny_gguf({"*": Q.BF16}, norms=1.0).write(source)
+    model = load_model(source, quant_type=None, rank=4, dtype=jnp.float32)
+    plain = np.asarray(model(jnp.asarray(IDS)))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<s>": 0, "a": 1}, unk_token="<s>")), chat_template="{{ 1 }}"
+    )
+    save_adapter(adapted(model, 2), tmp_path / "a", base_model=str(source), base_sha256="ab", tokenizer=tokenizer)
+    code = (tmp_path / "a" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(code.replace("bfloat16", "float32"), names)
+    ours = np.asarray(model(jnp.asarray(IDS)))
+    assert np.abs(ours - plain).max() > 0.1
+    np.testing.assert_allclose(torch_logits(names["model"], torch), ours, atol=1e-3, rtol=0)
+    assert names["tokenizer"].chat_template == "{{ 1 }}"
+
+
+def same_bits(checkpoint, state, torch):
+    for name in checkpoint.names():
+        theirs = state[name].contiguous().view(torch.int16).numpy()
+        assert np.array_equal(checkpoint.read(name).view(np.int16), theirs), name
+
+
+@pytest.mark.parametrize(
+    "types", [{"*": Q.Q8_0}, {"*": Q.Q4_1, "attn_q": Q.Q4_0, "token_embd": Q.F16}], ids=["q8", "mixed"]
+)
+def test_gguf_tensors_have_transformers_bits(tiny_gguf, tmp_path, torch, types):
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    tiny_gguf(types, tied=False).write(tmp_path / "tiny.gguf")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="tiny.gguf", quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    same_bits(open_checkpoint(tmp_path / "tiny.gguf"), theirs.state_dict(), torch)
+
+
+@pytest.mark.real
+def test_smollm2_has_transformers_bits(torch):
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    from qlora_jax.training.demo import fetch_demo_model
+
+    file = fetch_demo_model()
+    checkpoint = open_checkpoint(file)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    assert len(checkpoint.names()) == 272
+    same_bits(checkpoint, theirs.state_dict(), torch)
+    assert checkpoint.config["rope_theta"] == theirs.config.rope_parameters["rope_theta"]
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps"):
+        assert checkpoint.config[key] == pytest.approx(getattr(theirs.config, key), rel=1e-7)
