@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qlora_jax import nf4_dense, scan_layers, trainable
+from qlora_jax import dequantize, nf4_dense, quantize, quantize_model, scan_layers, trainable
 from qlora_jax.errors import UserError
 from qlora_jax.nf4 import kernel_report, use_kernels
 from qlora_jax.nn import scan_layers_with
@@ -33,18 +33,13 @@ class Block(nnx.Module):
 
 def stack(num_layers: int = LAYERS, **options) -> Block:
     """A stacked block, and B != 0 so that adapters count."""
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Block(nnx.Rngs(0), **options)))
-
-    def make(key):
-        block = Block(nnx.Rngs(key), **options)
-        for dense in (block.up, block.down):
-            dense.lora_b.set_value(0.1 * jax.random.normal(key, dense.lora_b.get_value().shape))
-        return nnx.state(block)
-
-    return nnx.merge(graphdef, jax.vmap(make)(jax.random.split(jax.random.key(0), num_layers)))
+    block = nnx.vmap(lambda key: Block(nnx.Rngs(key), **options))(jax.random.split(jax.random.key(0), num_layers))
+    for dense in (block.up, block.down):
+        dense.lora_b.set_value(0.1 * jax.random.normal(jax.random.key(2), dense.lora_b.get_value().shape))
+    return block
 
 
-def layer_of(block: Block, i: int) -> Block:
+def layer_of(block: nnx.Module, i: int) -> nnx.Module:
     graphdef, state = nnx.split(block)
     return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[i], state))
 
@@ -64,6 +59,23 @@ def test_equals_a_loop_over_layers(quant_type):
     graphdef, state = nnx.split(block)
     jitted = jax.jit(lambda state, h: scan_layers(nnx.merge(graphdef, state), h, 0.5))
     np.testing.assert_allclose(jitted(state, h), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_users_stack_of_linears_is_quantized_and_scanned():
+    class Plain(nnx.Module):
+        def __init__(self, rngs):
+            self.up = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+
+        def __call__(self, h):
+            return h + nnx.tanh(self.up(h))
+
+    block = nnx.vmap(lambda key: Plain(nnx.Rngs(key)))(jax.random.split(jax.random.key(0), LAYERS))
+    kernel, h = block.up.kernel.get_value(), inputs()
+    quantize_model(block, rank=2)
+    expected = h
+    for i in range(LAYERS):
+        expected = expected + jnp.tanh(expected @ dequantize(quantize(kernel[i])))
+    np.testing.assert_allclose(scan_layers(block, h), expected, rtol=1e-4, atol=1e-4)
 
 
 def gradients(block: Block, run) -> dict:
@@ -97,9 +109,7 @@ def test_the_carry_may_be_a_tree_and_vmap_goes_through():
         def __call__(self, h):
             return {"a": self.dense(h["a"]), "n": h["n"] + 1}
 
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Pair(nnx.Rngs(0))))
-    state = jax.vmap(lambda key: nnx.state(Pair(nnx.Rngs(key))))(jax.random.split(jax.random.key(0), LAYERS))
-    block = nnx.merge(graphdef, state)
+    block = nnx.vmap(lambda key: Pair(nnx.Rngs(key)))(jax.random.split(jax.random.key(0), LAYERS))
     out = scan_layers(block, {"a": inputs(), "n": jnp.int32(0)})
     assert int(out["n"]) == LAYERS
     batched = jax.vmap(lambda a: scan_layers(block, {"a": a, "n": jnp.int32(0)})["a"])(inputs()[:, None])
@@ -115,15 +125,12 @@ def test_per_layer_values_go_in_and_come_out():
             h = scale * self.dense(h) + cache["bias"]
             return h, {"bias": cache["bias"] + 1, "seen": h}
 
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Cached(nnx.Rngs(0))))
-    state = jax.vmap(lambda key: nnx.state(Cached(nnx.Rngs(key))))(jax.random.split(jax.random.key(0), LAYERS))
-    block = nnx.merge(graphdef, state)
+    block = nnx.vmap(lambda key: Cached(nnx.Rngs(key)))(jax.random.split(jax.random.key(0), LAYERS))
     cache = {"bias": jnp.arange(LAYERS * WIDTH, dtype=jnp.float32).reshape(LAYERS, 1, WIDTH)}
     out, new = scan_layers_with(block, inputs(), cache, 0.5)
     expected = inputs()
     for i in range(LAYERS):
-        layer = nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], state))
-        expected, kept = layer(expected, 0.5, {"bias": cache["bias"][i]})
+        expected, kept = layer_of(block, i)(expected, 0.5, {"bias": cache["bias"][i]})
         np.testing.assert_allclose(new["seen"][i], kept["seen"], rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-4)
     np.testing.assert_array_equal(new["bias"], cache["bias"] + 1)
@@ -240,9 +247,7 @@ def test_a_layer_that_changes_its_state_is_refused():
         def __call__(self, h):
             return self.drop(self.dense(h))
 
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Stateful(nnx.Rngs(0))))
-    state = jax.vmap(lambda key: nnx.state(Stateful(nnx.Rngs(key))))(jax.random.split(jax.random.key(0), LAYERS))
-    block = nnx.merge(graphdef, state)
+    block = nnx.vmap(lambda key: Stateful(nnx.Rngs(key)))(jax.random.split(jax.random.key(0), LAYERS))
     with pytest.raises(UserError, match=r"drop\.rngs\.count"):
         scan_layers(block, inputs())
     block.eval()
