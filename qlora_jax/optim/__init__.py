@@ -1,4 +1,4 @@
-"""Optimizer state in host memory: `paged` wraps an Optax transformation, `paged_jit` compiles steps that donate its state."""
+"""Optimizer state in host memory: `paged` wraps an Optax transformation, `paged_jit` compiles steps that donate it."""
 
 from qlora_jax.optim.paging import paged
 from qlora_jax.optim.placement import host_kind_available

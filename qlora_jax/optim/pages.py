@@ -20,7 +20,7 @@ from qlora_jax.optim.placement import nbytes
 
 def only(treedef: PyTreeDef, leaves: Mapping[int, Any]) -> Any:
     """The tree `treedef` with `leaves[i]` at leaf i and None at every leaf that is not given."""
-    return treedef.unflatten([leaves.get(i) for i in range(treedef.num_leaves)])
+    return jax.tree.unflatten(treedef, [leaves.get(i) for i in range(treedef.num_leaves)])
 
 
 def by_path(tree: Any) -> dict[str, Any]:
@@ -30,14 +30,14 @@ def by_path(tree: Any) -> dict[str, Any]:
 
 def rebuilt(like: Any, arrays: Mapping[str, Any]) -> Any:
     """The tree `like` with its leaves taken from `arrays` by key path."""
-    return jax.tree.structure(like).unflatten([arrays[path] for path in by_path(like)])
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[path] for path in by_path(like)])
 
 
 @dataclass(frozen=True)
 class Page:
     """Leaves whose state visits the device together.
 
-    `rows`: None where the leaves are updated whole; else the page is one leaf, updated `rows` entries of axis 0 at a time.
+    `rows`: None where leaves are updated whole; else the page is one leaf, updated `rows` entries of axis 0 at a time.
     `state`: tx.init's result for these leaves alone, as shapes and dtypes.
     `owned`: key paths of the arrays in `state` that belong to these leaves and not to all pages.
     """
@@ -82,10 +82,9 @@ class Layout:
             return jax.eval_shape(self._tx.init, tree)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise UserError(
-                f"paged: the transformation cannot be initialised for some of the leaves alone: {error}",
-                why="pages are updated apart, each as the tree of parameters with the other leaves set to None; "
-                "a mask or label tree written out for the whole tree does not fit that",
-                fix="optax.masked(tx, lambda params: jax.tree.map(..., params)), a function instead of a tree",
+                f"paged: the transformation cannot be initialised for some of the parameters alone: {error}",
+                why="pages are updated apart, each as the tree of parameters with the other leaves set to None",
+                fix="optax.chain(that_transformation, paged(the_rest))",
             ) from error
 
     def _page(self, group: tuple[int, ...], page_bytes: int) -> Page:
@@ -104,15 +103,18 @@ class Layout:
 
     def _check_cover(self) -> None:
         whole = by_path(self.state)
-        found = [(path, array) for page in self.pages for path, array in by_path(page.state).items()]
-        kept = {path for path, array in found if path in whole and _alike(whole[path], array)}
-        odd = sorted({path for path, array in found if path not in whole or not _alike(whole[path], array)} | (set(whole) - kept))
+        parts: dict[str, list[Any]] = {path: [] for path in whole}
+        for page in self.pages:
+            for path, array in by_path(page.state).items():
+                parts.setdefault(path, []).append(array)
+        odd = [p for p in parts if not parts[p] or not all(p in whole and _alike(whole[p], a) for a in parts[p])]
         if odd:
             raise UserError(
                 f"paged: the state {odd[0]} is not made leaf by leaf",
                 why="its place, shape or dtype for some of the parameters differs from that for all of them "
                 "(optax.flatten joins leaves; inject_hyperparams without hyperparam_dtype takes the widest dtype)",
-                fix="chain(that_transformation, paged(rest)), or inject_hyperparams(..., hyperparam_dtype=jnp.float32)",
+                fix="optax.chain(that_transformation, paged(the_rest)), or "
+                "optax.inject_hyperparams(adamw, hyperparam_dtype=jnp.float32)(...)",
             )
 
 

@@ -33,33 +33,36 @@ def paged(
     """Keeps the state of `tx` in host memory and brings it to the device in pages.
 
     Args:
-      tx: an Optax transformation that treats every leaf apart, and, for leaves larger than a page, every entry of axis 0
-        apart: AdamW, Lion, momentum, schedules, `masked` and `partition` with functions for masks and labels,
-        `inject_hyperparams`, `MultiSteps`. Not global-norm clipping, nor anything else that sees several leaves
-        (`chain(clip_by_global_norm(1.0), paged(adamw(...)))` is right); not LAMB, `clip_by_block_rms` or Muon where a
-        leaf is larger than a page.
+      tx: an Optax transformation that treats every leaf apart, and, for leaves larger than a page, every entry of
+        axis 0 apart: AdamW, Lion, momentum, schedules, `masked`, `partition`, `inject_hyperparams`, `MultiSteps`. Not
+        global-norm clipping nor anything else that sees several leaves; that goes outside:
+        `chain(clip_by_global_norm(1.0), paged(adamw(1e-4)))`. Not LAMB, `clip_by_block_rms` or Muon where a leaf is
+        larger than a page.
       page_bytes: bytes of parameters per page. Small leaves are joined up to it. A larger leaf is walked along axis 0,
         as many entries at a time as fit (one at least), where each of its state arrays has an axis 0 of that length;
-        otherwise it is one page, which `init` logs.
+        otherwise (Adafactor) it is one page, which `init` logs.
 
     Returns:
       A transformation whose state is `tx.init(params)` with the arrays of at least 4 KiB that belong to a leaf in
-      `pinned_host` memory. Extra arguments of `update` go on to `tx`; those shaped like the parameters are cut with
-      them. Device memory for paging, with two state arrays per leaf (AdamW), is at most 4 * page_bytes plus one axis-0
-      entry of the largest leaf. Where the platform has no such memory, `tx` itself, unchecked.
+      `pinned_host` memory; step counts and hyperparameters stay on the device. Extra arguments of `update` go on to
+      `tx`; those shaped like the parameters are cut with them. An update needs on the device, for one or two state
+      arrays of the parameters' dtype per leaf, at most 4 pages (a page being `page_bytes`, or one axis-0 entry where
+      that is larger), however many leaves there are. `init` makes the state page by page, leaves whole. Where the
+      platform has no pinned host memory: `tx` itself, unchecked.
 
-      Call `init` outside jit and `update` inside. **Donation**: plain `jax.jit` pairs donated buffers with results by
-      shape, and a host buffer paired with a device result aborts the process. `paged_jit` gives the shardings that
-      prevent it; do the same (in_shardings and out_shardings for every argument and result) if you call `jax.jit`.
+      Call `init` outside jit (inside, the arrays forget the parameters' sharding) and `update` inside. **Donation**:
+      plain `jax.jit` pairs donated buffers with results by shape, and a host buffer paired with a result in device
+      memory aborts the process. `paged_jit` writes out the shardings that prevent it; a `jax.jit` of your own needs
+      in_shardings and out_shardings for every argument and result.
 
     Raises:
-      UserError: at init, where `tx` lets one leaf, or one entry of a leaf to be walked, reach another (tried out on a
-        small tree with NaN planted; every axis is cut to a few entries, so masks that depend on sizes are not seen as
-        they are), where its masks are trees, or where a parameter is not floating point. If `tx` requires extra
-        arguments it is tried out at the first update that has them.
+      UserError: where `tx` lets one leaf, or one entry of a leaf to be walked, reach another; where it cannot be
+        initialised for some leaves alone; where a parameter is not floating point. All at init, where `tx` is tried
+        out on small arrays (every axis cut to a few entries, so a mask that depends on sizes may answer differently
+        there); if `tx` requires extra arguments it is tried out at the first update that has them.
     """
     if page_bytes < 1:
-        raise UserError(f"paged: page_bytes={page_bytes}", why="a page holds at least one byte", fix="page_bytes=64 * 2**20")
+        raise UserError(f"paged: page_bytes={page_bytes}", why="a page holds something", fix="page_bytes=64 * 2**20")
     if isinstance(tx, optax.MultiSteps):
         tx = tx.gradient_transformation()
     inner = optax.with_extra_args_support(tx)
@@ -102,7 +105,9 @@ def paged(
             done |= dict(zip(page.leaves, changes, strict=True))
             new = part | new  # shared arrays: every page computes the same, the first is kept
             previous = fetched or previous
-        return jax.tree.structure(updates).unflatten([done[i] for i in range(len(done))]), rebuilt(layout.state, new)
+        return jax.tree.unflatten(jax.tree.structure(updates), [done[i] for i in range(len(done))]), rebuilt(
+            layout.state, new
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 

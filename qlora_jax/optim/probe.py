@@ -1,10 +1,11 @@
 """Tries a transformation out on a small tree: does one leaf, or one entry of a leaf to be walked, reach another?
 
-`paged` updates pages apart. That is the same update only if the transformation keeps leaves apart, and, where a leaf is
-walked along axis 0, the entries of axis 0. Global-norm clipping would silently clip each page by its own norm. So NaN is
-planted in some leaves (entries) and must change nothing in the others. Every pair of leaves is told apart by some bit of
-their positions: leaves with that bit set get NaN in one run, the others in another, 2 log2(n) runs for n leaves, all in
-one vmapped call. A last check compares pages updated apart with the whole, for what shows without NaN (noise from one key).
+`paged` updates pages apart. That is the same update only if the transformation keeps leaves apart, and, where a leaf
+is walked along axis 0, the entries of axis 0. Global-norm clipping would silently clip each page by its own norm. So
+NaN is planted in some leaves (entries) and must change nothing in the others. Every pair of leaves is told apart by
+some bit of their positions: leaves with that bit set get NaN in one run, the others in another, 2 log2(n) runs for n
+leaves, all in one vmapped call. A last check compares pages updated apart with the whole, for what shows without NaN
+(noise from one key).
 """
 
 import logging
@@ -75,7 +76,7 @@ def _plants(n: int, walked: set[int]) -> list[Plant]:
     for bit in range((n - 1).bit_length()):
         plants += [{i: True for i in range(n) if (i >> bit & 1) == side} for side in (0, 1)]
     if walked:
-        plants += [{i: row for i in walked} for row in (0, _ROWS - 1)]
+        plants += [dict.fromkeys(walked, row) for row in (0, _ROWS - 1)]
     return plants
 
 
@@ -134,7 +135,8 @@ def _compare_apart(
 def _coupled_leaves(name: str) -> UserError:
     return UserError(
         f"paged: the update of {name or 'the parameter'} depends on other leaves",
-        why="pages are updated apart: clipping by global norm, or one noise key for all leaves, would silently do something else",
+        why="pages are updated apart: clipping by global norm, or one noise key for all leaves, would silently do "
+        "something else",
         fix="optax.chain(optax.clip_by_global_norm(1.0), paged(optax.adamw(1e-4)))",
     )
 
@@ -142,8 +144,8 @@ def _coupled_leaves(name: str) -> UserError:
 def _coupled_rows(name: str) -> UserError:
     return UserError(
         f"paged: in {name or 'the parameter'}, which is larger than a page, one entry of axis 0 depends on others",
-        why="the leaf is updated a few entries at a time: the norm of a whole leaf (LAMB, clip_by_block_rms) or its matrix "
-        "(Muon) is not seen",
+        why="the leaf is updated a few entries at a time: the norm of a whole leaf (LAMB, clip_by_block_rms) or its "
+        "matrix (Muon) is not seen",
         fix="a page_bytes that holds the whole leaf, or an optimizer that works entry by entry (adamw, lion, sgd)",
     )
 
@@ -164,4 +166,5 @@ def _small_extra(value: Any, layout: Layout, params: list[np.ndarray]) -> Any:
 
 
 def _close(a: Any, b: Any) -> bool:
-    return np.allclose(*(np.asarray(x).astype(np.float64) for x in (a, b)), rtol=_RTOL, atol=1e-12, equal_nan=True)
+    a, b = (np.asarray(x).astype(np.float64) for x in (a, b))
+    return np.allclose(a, b, rtol=_RTOL, atol=1e-12, equal_nan=True)

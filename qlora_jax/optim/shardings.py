@@ -1,7 +1,7 @@
 """`paged_jit`: `jax.jit` with the sharding and memory kind of every argument and result written out.
 
-jit pairs donated buffers with results by shape and dtype alone unless it knows the memory kinds of all arguments and all
-results when it lowers; a `pinned_host` buffer paired with a result in device memory then aborts the process.
+jit pairs donated buffers with results by shape and dtype alone unless it knows the memory kinds of all arguments and
+all results when it lowers; a `pinned_host` buffer paired with a result in device memory then aborts the process.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +33,7 @@ def paged_jit(fun: Callable[..., Any], *example_args: Any, donate_argnums: int |
     largest subtree of the arguments with the same structure, shapes, dtypes and memory spaces (donated arguments are
     looked up first, then in order); where there is none, it is replicated over the same devices.
     """
-    donated = (donate_argnums,) if isinstance(donate_argnums, int) else tuple(donate_argnums)
+    donated = [donate_argnums] if isinstance(donate_argnums, int) else list(donate_argnums)
     default = _default_sharding(jax.tree.leaves(example_args))
     in_shardings = jax.tree.map(lambda leaf: _sharding(leaf) or default, example_args)
     traced = jax.jit(fun, in_shardings=in_shardings).trace(*example_args)
@@ -41,20 +41,23 @@ def paged_jit(fun: Callable[..., Any], *example_args: Any, donate_argnums: int |
     known: dict[Any, list[Sharding]] = {}
     for i in sorted(range(len(example_args)), key=lambda i: (i not in donated, i)):
         shardings, treedef = jax.tree.flatten(in_shardings[i])
-        kinds = [sharding.memory_kind for sharding in shardings]
-        leaves = [(np.shape(leaf), _dtype(leaf), kind) for leaf, kind in zip(jax.tree.leaves(example_args[i]), kinds, strict=True)]
+        examples = zip(jax.tree.leaves(example_args[i]), shardings, strict=True)
+        leaves = [(np.shape(leaf), _dtype(leaf), sharding.memory_kind) for leaf, sharding in examples]
         for subtree, a, b in _subtrees(treedef):
             known.setdefault((subtree, tuple(leaves[a:b])), shardings[a:b])
 
     results, treedef = jax.tree.flatten(traced.out_info)
-    kinds = [HOST_KIND if aval.memory_space == jax.memory.Space.Host else default.memory_kind for aval in traced.jaxpr.out_avals]
+    on_host = [aval.memory_space == jax.memory.Space.Host for aval in traced.jaxpr.out_avals]
+    kinds = [HOST_KIND if host else _default_kind(default) for host in on_host]
     leaves = [(leaf.shape, leaf.dtype, kind) for leaf, kind in zip(results, kinds, strict=True)]
     out: list[Sharding | None] = [None] * len(leaves)
     for subtree, a, b in _subtrees(treedef):
         if out[a:b].count(None) == b - a:
             out[a:b] = known.get((subtree, tuple(leaves[a:b])), [None] * (b - a))
     out = [sharding or default.with_memory_kind(kind) for sharding, kind in zip(out, kinds, strict=True)]
-    return jax.jit(fun, in_shardings=in_shardings, out_shardings=treedef.unflatten(out), donate_argnums=donate_argnums)
+    return jax.jit(
+        fun, in_shardings=in_shardings, out_shardings=jax.tree.unflatten(treedef, out), donate_argnums=donate_argnums
+    )
 
 
 def _sharding(leaf: Any) -> Sharding | None:
@@ -69,10 +72,14 @@ def _default_sharding(leaves: Sequence[Any]) -> Sharding:
     shardings = [sharding for sharding in map(_sharding, leaves) if sharding is not None]
     for sharding in shardings:
         if isinstance(sharding, NamedSharding) and sharding.num_devices > 1:
-            device = next(iter(sharding.device_set))
-            return NamedSharding(sharding.mesh, PartitionSpec(), memory_kind=device.default_memory().kind)
+            return NamedSharding(sharding.mesh, PartitionSpec(), memory_kind=_default_kind(sharding))
     device = next(iter(shardings[0].device_set)) if shardings else jax.devices()[0]
-    return SingleDeviceSharding(device, memory_kind=device.default_memory().kind)
+    return SingleDeviceSharding(device, memory_kind=_default_kind(SingleDeviceSharding(device)))
+
+
+def _default_kind(sharding: Sharding) -> str:
+    device: Any = next(iter(sharding.device_set))
+    return device.default_memory().kind
 
 
 def _dtype(leaf: Any) -> Any:
