@@ -158,10 +158,12 @@ def load_adapter(model: M, folder: str | Path) -> M:
             zeros = nnx.initializers.zeros
             dense.attach_adapter(rank=rank, alpha=alpha, dropout=dropout, rngs=nnx.Rngs(0), a_init=zeros)
         dense.alpha, dense.dropout = alpha, dropout
-        for variable, key in ((dense.lora_a, "lora_A"), (dense.lora_b, "lora_B")):
-            value = [factors[f"{_PREFIX}{name}.{key}.weight"].T for name in layer.names]
+        for variable, key in _variables(dense):
+            value = [factors[f"{_PREFIX}{name}.{key}"].T for name in layer.names]
             stacked = np.stack(value) if dense.num_layers is not None else value[0]
-            variable.set_value(jax.device_put(stacked, variable.get_value().sharding))
+            before = variable.get_value()
+            # An array not bound to its device stays so: it may meet arrays on others.
+            variable.set_value(jax.device_put(stacked, before.sharding if before.committed else None))
     return model
 
 
@@ -190,8 +192,14 @@ def _layers(model: nnx.Module) -> Iterator[_Layer]:
             yield _Layer(node, module_names(path or ("dense",), node.num_layers))
 
 
+def _variables(dense: nf4_dense) -> tuple[tuple[nnx.LoRAParam, str], tuple[nnx.LoRAParam, str]]:
+    assert dense.lora_a is not None
+    assert dense.lora_b is not None
+    return (dense.lora_a, "lora_A.weight"), (dense.lora_b, "lora_B.weight")
+
+
 def _factors(layer: _Layer) -> Iterator[tuple[str, str, Float[np.ndarray, "rows columns"]]]:
-    for variable, key in ((layer.dense.lora_a, "lora_A.weight"), (layer.dense.lora_b, "lora_B.weight")):
+    for variable, key in _variables(layer.dense):
         values = np.asarray(variable.get_value(), np.float32)
         for name, factor in zip(layer.names, values if values.ndim == 3 else values[None], strict=True):
             yield name, key, np.ascontiguousarray(factor.T)
