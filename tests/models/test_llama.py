@@ -1,5 +1,6 @@
 """LLaMA's logits, masks, cache, gradients and dropout."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -34,8 +35,12 @@ def random_ids(*shape: int) -> np.ndarray:
 
 
 def run(model: Llama, ids, **kwargs) -> np.ndarray:
-    graphdef, state = nnx.split(model)
-    return np.asarray(jax.jit(lambda state, ids, kw: nnx.merge(graphdef, state)(ids, **kw))(state, ids, kwargs))
+    return np.asarray(_run(*nnx.split(model), ids, kwargs))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(graphdef, state, ids, kwargs):
+    return nnx.merge(graphdef, state)(ids, **kwargs)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
