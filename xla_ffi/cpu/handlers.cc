@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
+#include <initializer_list>
 #include <new>
 #include <string>
 
