@@ -1,0 +1,93 @@
+"""A whole run: open, load, resume, train, save the adapter.
+
+What a run folder promises: where `checkpoints/<step>` exists, metrics.jsonl has every line up to `step`. A resumed run
+drops the lines past its checkpoint and writes them again, bit for bit.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from qlora_jax.checkpoints.peft import save_adapter
+from qlora_jax.checkpoints.state import CheckpointStore
+from qlora_jax.models.loading import load_model
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.preparation import Prepared, prepare
+from qlora_jax.training.progress import Progress
+from qlora_jax.training.resume import dataset_sha256, first_step
+from qlora_jax.training.run_folder import RunFolder
+from qlora_jax.training.samples import Samples
+from qlora_jax.training.session import NonFiniteLossError, Result, Session
+
+__all__ = ["NonFiniteLossError", "Result", "run_training"]
+
+
+def run_training(
+    config: TrainConfig, folder: RunFolder, *, progress: Progress, prepared: Prepared | None = None
+) -> Result:
+    """Runs, or continues, the training that `config` describes.
+
+    Args:
+      config: with model.path and data.path given.
+      folder: made already (`folder.create(config)`). With `config.resume` its newest complete checkpoint is continued.
+      progress: told of every step.
+      prepared: `prepare(config)`, where the caller has it already.
+
+    Raises:
+      UserError: the model, the rows, or a checkpoint that does not belong to them.
+      NonFiniteLossError: at the first loss or gradient that is not finite.
+      KeyboardInterrupt: where there is no checkpoint yet: at the second Ctrl-C, or at the first one before the model is
+        loaded.
+    """
+    prepared = prepared or prepare(config)
+    checkpoint, dataset, total_steps = prepared.checkpoint, prepared.dataset, prepared.steps
+    store = CheckpointStore(folder.checkpoints, keep=config.checkpoint.keep)
+    start = first_step(config, folder, store, progress.say)
+    if start is not None and start >= total_steps and (folder.adapter / "adapter_config.json").exists():
+        progress.say(f"{folder.path} is finished: {start} of {total_steps} steps are done. Its adapter: {folder.adapter}")
+        return _with_eval_losses(Result(start, already_finished=True), folder)
+
+    fingerprint = {"base_sha256": checkpoint.fingerprint(), "data_sha256": dataset_sha256(dataset)}
+    session = Session(
+        config,
+        folder,
+        progress,
+        model=load_model(
+            checkpoint,
+            quant_type=None if config.quant.type == "none" else config.quant.type,
+            block_size=config.quant.block_size,
+            double_quant=config.quant.double_quant,
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            dropout=config.lora.dropout,
+            targets=config.lora.targets,
+            dtype=jnp.dtype(config.model.dtype),
+            seed=config.seed,
+        ),
+        dataset=dataset,
+        store=store,
+        fingerprint=fingerprint,
+        total_steps=total_steps,
+    )
+    if start is not None:
+        session.restore(start)
+    samples = Samples(
+        dataset.held_out, prepared.renderer, count=config.eval.samples, max_new_tokens=config.eval.sample_tokens
+    )
+    result = session.run(samples)
+    if not result.interrupted:
+        save_adapter(
+            session.model(),
+            folder.adapter,
+            base_model=str(config.model.path),
+            base_sha256=fingerprint["base_sha256"],
+            tokenizer=prepared.tokenizer,
+        )
+    return _with_eval_losses(result, folder)
+
+
+def _with_eval_losses(result: Result, folder: RunFolder) -> Result:
+    losses = [line["eval_loss"] for line in folder.read_metrics() if "eval_loss" in line]
+    return dataclasses.replace(
+        result, first_eval_loss=losses[0] if losses else None, last_eval_loss=losses[-1] if losses else None
+    )

@@ -1,0 +1,153 @@
+"""A whole run on a tiny model: what it writes, what it measures, and how it ends."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax.checkpoints.source import open_checkpoint
+from qlora_jax.checkpoints.state import CheckpointStore
+from qlora_jax.data.formats import read_conversations
+from qlora_jax.data.rendering import Renderer
+from qlora_jax.errors import UserError
+from qlora_jax.models.loading import load_model
+from qlora_jax.training.loop import NonFiniteLossError
+from qlora_jax.training.tensorboard import TensorBoard
+
+
+@pytest.fixture(scope="module")
+def compilations():
+    """Names of the functions compiled since it was cleared."""
+    names = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **details: (
+            names.append(details.get("fun_name")) if event.endswith("backend_compile_duration") else None
+        )
+    )
+    return names
+
+
+def test_a_run_learns_and_writes_everything(train, compilations):
+    result, folder, printed = train(**{"train.steps": 30, "eval.every": 10, "checkpoint.every": 8, "eval.samples": 2})
+    lines = folder.read_metrics()
+    assert [line["step"] for line in lines] == list(range(31))
+    assert lines[0].keys() == {"step", "eval_loss"}
+    for line in lines[1:]:
+        assert line.keys() - {"eval_loss"} == {"step", "loss", "lr", "grad_norm"}
+        assert ("eval_loss" in line) == (line["step"] % 10 == 0)
+    assert lines[-1]["eval_loss"] < 0.85 * lines[0]["eval_loss"]
+    assert (result.first_eval_loss, result.last_eval_loss) == (lines[0]["eval_loss"], lines[-1]["eval_loss"])
+    assert (result.steps, result.interrupted, result.already_finished) == (30, False, False)
+    assert result.trained_tokens > 0
+    assert result.tokens_per_second > 0
+    assert result.peak_memory_bytes > 1e6
+    assert CheckpointStore(folder.checkpoints).steps() == [24, 30], "checkpoint.keep=2"
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= set(os.listdir(folder.adapter))
+    assert [sample.reference for sample in result.samples] == ["ape ape ape", "gnu gnu gnu"]
+    assert all(sample.before != sample.after for sample in result.samples)
+    assert "step 30/30" in printed
+    assert compilations.count("train_step") <= 1
+    assert compilations.count("eval_step") <= 1
+
+
+def test_eval_loss_is_the_mean_over_every_held_out_token(train, tiny_model, tiny_rows):
+    """Five rows in batches of two: the last batch is partial. Reference: one row at a time from the full logits."""
+    _, folder, _ = train(**{"train.steps": 1})
+    model = load_model(tiny_model, dtype=jnp.float32)
+    renderer = Renderer(open_checkpoint(tiny_model).tokenizer())
+    total, tokens = 0.0, 0
+    for conversation in read_conversations(tiny_rows[1]):
+        example = renderer.render(conversation)
+        log_p = np.asarray(jax.nn.log_softmax(model(example.input_ids[None])[0]), np.float64)
+        targets = np.flatnonzero(example.loss_mask)
+        total -= log_p[targets - 1, example.input_ids[targets]].sum()
+        tokens += len(targets)
+    np.testing.assert_allclose(folder.read_metrics()[0]["eval_loss"], total / tokens, rtol=1e-5)
+
+
+def test_without_held_out_rows_nothing_is_evaluated(train):
+    result, folder, _ = train(**{"train.steps": 2, "data.eval_path": None, "data.eval_split": 0})
+    assert [line.keys() for line in folder.read_metrics()] == [{"step", "loss", "lr", "grad_norm"}] * 2
+    assert (result.first_eval_loss, result.last_eval_loss) == (None, None)
+
+
+class TestNonFiniteLoss:
+    def test_stops_with_step_and_rows_and_keeps_the_checkpoint(self, train, tiny_rows):
+        with pytest.raises(NonFiniteLossError) as caught:
+            train(**{"optim.learning_rate": 1e38, "optim.warmup_steps": 0, "checkpoint.every": 1, "train.packing": False})
+        message = str(caught.value)
+        assert "step 2" in message
+        assert str(tiny_rows[0]) in message
+        assert "checkpoint of step 1 is intact" in message
+
+    def test_leaves_what_was_written_readable(self, train, tiny_settings, tmp_path):
+        with pytest.raises(NonFiniteLossError):
+            train(**{"optim.learning_rate": 1e38, "optim.warmup_steps": 0, "checkpoint.every": 1})
+        run = tmp_path / "run"
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [0, 1]
+        assert all(math.isfinite(value) for line in lines for value in line.values())
+        assert CheckpointStore(run / "checkpoints").latest() == 1
+        assert not (run / "adapter").exists()
+
+
+class TestInterrupt:
+    """Ctrl-C, sent to this process by the progress display after a step."""
+
+    @staticmethod
+    def interrupt(step):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def test_first_one_saves_and_returns(self, train):
+        before = signal.getsignal(signal.SIGINT)
+        result, folder, _ = train(lambda step: self.interrupt(step) if step == 2 else None)
+        assert (result.interrupted, result.steps) == (True, 2)
+        assert CheckpointStore(folder.checkpoints).steps() == [2]
+        assert [line["step"] for line in folder.read_metrics()] == [0, 1, 2]
+        assert not folder.adapter.exists()
+        assert signal.getsignal(signal.SIGINT) is before
+
+    def test_before_the_first_step_saves_step_0(self, train):
+        result, folder, _ = train(self.interrupt)
+        assert (result.interrupted, result.steps) == (True, 0)
+        assert CheckpointStore(folder.checkpoints).steps() == [0]
+        resumed, _, _ = train(**{"resume": True})
+        assert resumed.steps == 6
+        assert [line["step"] for line in folder.read_metrics()] == list(range(7))
+
+    def test_second_one_stops_at_once_and_leaves_the_last_checkpoint(self, train):
+        def twice(step):
+            if step == 5:
+                self.interrupt(step)
+                self.interrupt(step)
+
+        result, folder, _ = train(twice)
+        assert (result.interrupted, result.steps) == (True, 3)
+        assert CheckpointStore(folder.checkpoints).steps() == [3]
+
+    def test_second_one_without_a_checkpoint_is_passed_on(self, train):
+        def twice(step):
+            self.interrupt(step)
+            self.interrupt(step)
+
+        with pytest.raises(KeyboardInterrupt):
+            train(twice)
+
+
+def test_tensorboard_asked_for_but_not_installed_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
+    with pytest.raises(UserError, match=r"qlora-jax\[log\]"):
+        TensorBoard(tmp_path, True, first_step=0)
+    TensorBoard(tmp_path, "auto", first_step=0).write(1, {"loss": 1.0})
+    assert not list(tmp_path.iterdir())
+
+
+def test_result_goes_into_json(train):
+    result, _, _ = train(**{"train.steps": 1})
+    json.dumps(dataclasses.asdict(result))
