@@ -1,0 +1,309 @@
+"""The asking door: `python -m qlora_jax.generate --run RUN --prompt "..."`.
+
+The answer alone goes to stdout, everything else to stderr.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from qlora_jax.errors import UserError, UserErrors
+
+if TYPE_CHECKING:
+    from qlora_jax.data.formats import Message
+    from qlora_jax.data.rendering import Renderer
+    from qlora_jax.models.llama import Llama
+    from qlora_jax.training.config import TrainConfig
+
+_DEMO_NAME = "smollm2-demo"
+_EXAMPLES = """\
+examples:
+  python -m qlora_jax.generate --run runs/finetune --prompt "What does os.path.join do?"
+  python -m qlora_jax.generate --run runs/finetune --base --prompt "..."   what the model said before training
+  python -m qlora_jax.generate --run runs/finetune                        a conversation; Ctrl-D ends it
+  python -m qlora_jax.generate --model FOLDER_OR_GGUF --adapter ADAPTER --prompt "..."
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, fix="python -m qlora_jax.generate --help lists every option")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the door and returns its exit code: 0, 2 (a user's mistake), 130 (interrupted), 1 (anything else)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        answer(parse(given))
+    except UserError as error:
+        if "--debug" in given:
+            traceback.print_exc()
+        for mistake in error.errors if isinstance(error, UserErrors) else [error]:
+            print(f"error: {mistake}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        print("error: a fault of qlora_jax, not of your settings; please report the lines above", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Reads `--key value`, `--key=value` and `key=value`.
+
+    Raises:
+      UserError: an unknown option (with the nearest known one), a value that does not fit, or options that exclude
+        each other.
+    """
+    parser = _parser()
+    options = parser.parse_args(_normalized(arguments, parser))
+    if options.run is None and options.model is None:
+        raise UserError(
+            "neither --run nor --model is given",
+            why="there is no model to ask",
+            fix="--run runs/smollm2-demo, or --model FOLDER_OR_GGUF",
+        )
+    if options.base and options.adapter is not None:
+        raise UserError("--base and --adapter are both given", why="--base means without an adapter")
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {options.max_new_tokens}", why="an answer has at least one token")
+    if not 0 <= options.temperature < float("inf"):
+        raise UserError(
+            f"--temperature {options.temperature:g}", why="0 takes the likeliest token, above 0 samples", fix="--temperature 0"
+        )
+    return options
+
+
+def answer(options: argparse.Namespace) -> None:
+    """Answers --prompt, or stdin where it is no terminal, or holds a conversation."""
+    source = _find(options)
+    prompt = options.prompt
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read().strip()
+    if prompt is not None and not prompt.strip():
+        raise UserError("the prompt is empty", fix='--prompt "..."')
+    ask = _load(source, options)
+    start = [("system", options.system)] if options.system else []
+    if prompt is not None:
+        print(ask([*start, ("user", prompt)]))
+    else:
+        _converse(ask, start)
+
+
+# (role, content) of each turn.
+_Turns = list[tuple[str, str]]
+
+
+def _converse(ask: Callable[[_Turns], str], turns: _Turns) -> None:
+    _say("Type a message; Ctrl-D ends the conversation.")
+    while True:
+        print("\n> ", end="", file=sys.stderr, flush=True)
+        try:
+            message = input()
+        except EOFError:
+            _say("")
+            return
+        if not message.strip():
+            continue
+        try:
+            reply = ask([*turns, ("user", message)])
+        except UserError as error:
+            _say(f"error: {error}")
+            continue
+        print(reply, flush=True)
+        turns = [*turns, ("user", message), ("assistant", reply)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What to load: a base model, how, and the adapter on it (None: without one)."""
+
+    model: str | None
+    adapter: Path | None
+    config: "TrainConfig"
+
+
+def _find(options: argparse.Namespace) -> _Source:
+    """Looks up the run; loads nothing."""
+    from qlora_jax.training.config import TrainConfig
+
+    config = TrainConfig() if options.run is None else _read_run(Path(options.run))
+    adapter = None if options.adapter is None else Path(options.adapter)
+    if adapter is None and options.run is not None and not options.base:
+        adapter = Path(options.run) / "adapter"
+        if not (adapter / "adapter_config.json").is_file():
+            raise UserError(
+                f"the run {options.run} has no adapter yet",
+                why=f"{adapter} is written when training ends",
+                fix=f"python -m qlora_jax.train output_dir={options.run} resume=true   to finish it, or --base to ask "
+                "the model as it was before",
+            )
+    return _Source(options.model or config.model.path, adapter, config)
+
+
+def _read_run(folder: Path) -> "TrainConfig":
+    """The configuration of a run.
+
+    Raises:
+      UserError: no such folder (with the nearest run beside it), no run in it, or a config.yaml that is none.
+    """
+    import yaml
+    from pydantic import ValidationError
+
+    from qlora_jax.training.config import TrainConfig
+
+    file = folder / "config.yaml"
+    if not file.is_file():
+        beside = [path.parent.name for path in folder.parent.glob("*/config.yaml")] if folder.parent.is_dir() else []
+        close = difflib.get_close_matches(folder.name, beside, n=1, cutoff=0.4)
+        raise UserError(
+            f"no run at {folder}",
+            why=f"{file} does not exist" if folder.is_dir() else "there is no such folder",
+            fix=f"did you mean --run {folder.parent / close[0]}?" if close else "--run the folder that training printed",
+        )
+    try:
+        return TrainConfig.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error).splitlines()[0]
+        raise UserError(f"{file} is not the configuration of a run", why=first) from error
+
+
+def _load(source: _Source, options: argparse.Namespace) -> Callable[[_Turns], str]:
+    """Loads model, adapter and tokenizer; returns the function that answers."""
+    from qlora_jax.checkpoints.peft import load_adapter
+    from qlora_jax.checkpoints.source import open_checkpoint
+    from qlora_jax.data.formats import Message
+    from qlora_jax.data.rendering import Renderer
+    from qlora_jax.models.loading import load_model
+
+    config = source.config
+    path = _base_model(source.model)
+    _say(f"loading {path}" + (f" with the adapter {source.adapter}" if source.adapter else ""))
+    checkpoint = open_checkpoint(path)
+    renderer = Renderer(checkpoint.tokenizer(), options.template or config.data.template)
+    model = load_model(
+        checkpoint,
+        quant_type=None if config.quant.type == "none" else config.quant.type,
+        block_size=config.quant.block_size,
+        double_quant=config.quant.double_quant,
+        dtype=config.model.dtype,
+    )
+    if source.adapter is not None:
+        load_adapter(model, source.adapter)
+    return lambda turns: _reply(model, renderer, [Message(*turn) for turn in turns], options)
+
+
+def _reply(model: "Llama", renderer: "Renderer", messages: "list[Message]", options: argparse.Namespace) -> str:
+    from qlora_jax.evaluation.generation import generate
+
+    prompt = renderer.prompt(messages)
+    room = model.config.max_position_embeddings - len(prompt)
+    limit = min(options.max_new_tokens, room) if room > 0 else options.max_new_tokens
+    tokens = generate(
+        model,
+        [prompt],
+        max_new_tokens=limit,
+        temperature=options.temperature,
+        seed=options.seed,
+        eos_ids=renderer.stop_ids,
+    )[0]
+    if len(tokens) == limit:
+        which = f"--max-new-tokens {limit}" if limit == options.max_new_tokens else f"the model's {limit} last positions"
+        _say(f"(the answer was cut at {which})")
+    return renderer.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def _base_model(path: str | None) -> str:
+    """The model's path; the demo's is fetched where it is not in its place (another machine, an emptied cache)."""
+    from qlora_jax.training import demo
+
+    name = Path(demo.MODEL_MEMBER).name
+    if path is None or path == _DEMO_NAME or (Path(path).name == name and not Path(path).exists()):
+        return str(demo.fetch_demo_model(_say))
+    return path
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from qlora_jax import __version__
+
+    parser = _Parser(
+        prog="python -m qlora_jax.generate",
+        description="Asks a finetuned model. The answer alone is printed on stdout. Options are written --key value, "
+        "--key=value or key=value.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--run", metavar="RUN", help="run folder of a training: its base model, settings and adapter are used")
+    add("--prompt", metavar="TEXT", help="what to ask; without it a conversation on a terminal, else stdin is asked")
+    add("--system", metavar="TEXT", help="system message; without it the chat template's own, if it has one")
+    add("--model", metavar="PATH", help="base model instead of a run's: HF folder, .gguf file or hub name")
+    add("--adapter", metavar="DIR", help="PEFT adapter instead of RUN/adapter")
+    add("--base", action="store_true", help="without an adapter: the model as it was before training")
+    add(
+        "--max-new-tokens",
+        metavar="N",
+        type=int,
+        default=256,
+        help="longest answer (256); it says so where an answer was cut",
+    )
+    add(
+        "--temperature",
+        metavar="T",
+        type=float,
+        default=0.0,
+        help="0 (default): the likeliest token each time, always the same answer; 1: sampled as the model predicts; "
+        "between: less varied",
+    )
+    add("--seed", metavar="N", type=int, default=0, help="decides what is sampled (0); same seed, same answer")
+    add("--template", choices=("auto", "plain"), help="how messages are written; default: as the run was trained")
+    add("--debug", action="store_true", help="show where in the code an error arose")
+    add("--version", action="version", version=f"qlora_jax {__version__}")
+    return parser
+
+
+def _normalized(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """Arguments as `--key=value`, so that values may begin with a dash."""
+    known = {name: action for action in parser._actions for name in action.option_strings}
+    normalized, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "-h":
+            normalized.append("--help")
+            continue
+        key, equals, value = argument.partition("=")
+        if not argument.startswith("-") and not equals:
+            raise UserError(f"unexpected argument {argument!r}", fix=f"--prompt {argument!r}")
+        name = "--" + key.lstrip("-").replace("_", "-")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise UserError(
+                f"unknown option {key}",
+                fix=f"did you mean {close[0]}?" if close else "python -m qlora_jax.generate --help lists every option",
+            )
+        if known[name].nargs == 0:  # a flag
+            if equals and value.lower() not in ("true", "false"):
+                raise UserError(f"{argument}: {name} is true or false", fix=name)
+            normalized += [name] if value.lower() != "false" else []
+        elif equals or rest:
+            normalized.append(f"{name}={value if equals else rest.pop(0)}")
+        else:
+            raise UserError(f"{name} is given no value", fix=f"{name} {known[name].metavar or '...'}")
+    return normalized
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""The asking door: what goes to stdout, how options are read, and what mistakes are told."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qlora_jax import generate as door
+from qlora_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def run_folder(golden_dir: Path, tmp_path_factory) -> Path:
+    """A run on the tiny LLaMA with a tokenizer of one token per byte and PEFT's adapter."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("door")
+    model = Path(shutil.copytree(golden_dir / "interop" / "tiny_llama_bf16", folder / "model"))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"</s>": 0} | {symbol: i + 1 for i, symbol in enumerate(alphabet[:255])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    fast.chat_template = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    )
+    fast.save_pretrained(model)
+    run = folder / "runs" / "first"
+    run.mkdir(parents=True)
+    shutil.copytree(golden_dir / "interop" / "adapter_all_linear", run / "adapter")
+    config = {"output_dir": str(run), "model": {"path": str(model), "dtype": "float32"}, "data": {"path": "gone.jsonl"}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    return run
+
+
+def ask(capfd, *arguments: str) -> tuple[int, str, str]:
+    code = door.main(list(arguments))
+    return code, *capfd.readouterr()
+
+
+def test_the_answer_alone_is_on_stdout(run_folder: Path, capfd) -> None:
+    """And it is what the library answers with the run's adapter, through the chat template."""
+    from qlora_jax.checkpoints.peft import load_adapter
+    from qlora_jax.checkpoints.source import open_checkpoint
+    from qlora_jax.evaluation.generation import generate
+    from qlora_jax.models.loading import load_model
+
+    code, out, err = ask(capfd, "--run", str(run_folder), "prompt=Hello", "--max-new-tokens=12")
+    assert code == 0
+    checkpoint = open_checkpoint(run_folder.parent.parent / "model")
+    tokenizer = checkpoint.tokenizer()
+    model = load_adapter(load_model(checkpoint, dtype="float32"), run_folder / "adapter")
+    ids = tokenizer("u:Hello</s>a:", add_special_tokens=False)["input_ids"]
+    tokens = generate(model, [ids], max_new_tokens=12, eos_ids=[0])[0]
+    assert out == tokenizer.decode(tokens, skip_special_tokens=True).strip() + "\n"
+    assert out.strip()
+    assert "loading" in err
+    assert "cut at --max-new-tokens 12" in err
+    _, base, _ = ask(capfd, "--run", str(run_folder), "prompt=Hello", "--max-new-tokens=12", "--base")
+    assert base != out
+    _, steered, _ = ask(capfd, "--run", str(run_folder), "prompt=Hello", "--max-new-tokens=12", "--system", "Be brief.")
+    assert steered != out
+
+
+def test_a_conversation_remembers_its_turns(run_folder: Path, capfd, monkeypatch) -> None:
+    lines = iter(["Hello", "", "And then?"])
+
+    def typed() -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    seen = []
+    monkeypatch.setattr(door, "_load", lambda source, options: lambda turns: seen.append(turns) or f"reply {len(seen)}")
+    code, out, err = ask(capfd, "--run", str(run_folder), "system=Be brief.")
+    assert code == 0
+    assert out == "reply 1\nreply 2\n"
+    assert seen[1] == [("system", "Be brief."), ("user", "Hello"), ("assistant", "reply 1"), ("user", "And then?")]
+    assert "Ctrl-D" in err
+
+
+def test_stdin_is_asked_where_it_is_no_terminal(run_folder: Path, capfd, monkeypatch) -> None:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is this?\n"))
+    monkeypatch.setattr(door, "_load", lambda source, options: lambda turns: turns[-1][1].upper())
+    assert ask(capfd, "--run", str(run_folder))[:2] == (0, "WHAT IS THIS?\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    code, out, err = ask(capfd, "--run", str(run_folder))
+    assert (code, out) == (2, "")
+    assert "prompt is empty" in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--run", "r", "--prompt", "-1 + x=2", "--max-new-tokens", "7", "--base"],
+        ["run=r", "prompt=-1 + x=2", "max_new_tokens=7", "base=true", "debug=false"],
+        ["--run=r", "--prompt=-1 + x=2", "--max_new_tokens=7", "--base"],
+    ],
+)
+def test_three_spellings(arguments: list[str]) -> None:
+    options = door.parse(arguments)
+    assert (options.run, options.prompt, options.max_new_tokens, options.base) == ("r", "-1 + x=2", 7, True)
+    assert (options.temperature, options.seed, options.debug) == (0.0, 0, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--run", "r", "--promt", "x"], "did you mean --prompt?"),
+        (["--run", "r", "temprature=1"], "did you mean --temperature?"),
+        (["--run", "r", "Hello"], "--prompt 'Hello'"),
+        (["--run", "r", "--prompt"], "--prompt is given no value"),
+        (["--prompt", "x"], "neither --run nor --model"),
+        (["--run", "r", "--seed", "x"], "invalid int value: 'x'"),
+        (["--run", "r", "--temperature", "-1"], "--temperature -1"),
+        (["--run", "r", "--temperature", "nan"], "--temperature nan"),
+        (["--run", "r", "--max-new-tokens", "0"], "at least one token"),
+        (["--run", "r", "--base", "--adapter", "a"], "without an adapter"),
+        (["--run", "r", "base=maybe"], "true or false"),
+    ],
+)
+def test_mistakes_in_options(arguments: list[str], told: str, capfd) -> None:
+    code, out, err = ask(capfd, *arguments)
+    assert (code, out) == (2, "")
+    assert told in err
+    assert "Traceback" not in err
+
+
+def test_mistakes_in_the_run(run_folder: Path, tmp_path: Path, capfd) -> None:
+    code, _, err = ask(capfd, "--run", str(run_folder.parent / "frist"), "--prompt", "x")
+    assert code == 2
+    assert f"did you mean --run {run_folder}?" in err
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    code, _, err = ask(capfd, "--run", str(unfinished), "--prompt", "x")
+    assert code == 2
+    assert "config.yaml does not exist" in err
+    shutil.copy(run_folder / "config.yaml", unfinished)
+    code, _, err = ask(capfd, "--run", str(unfinished), "--prompt", "x")
+    assert code == 2
+    assert "has no adapter yet" in err
+    assert f"output_dir={unfinished} resume=true" in err
+    (unfinished / "config.yaml").write_text("lora: {rnak: 3}\n")
+    code, _, err = ask(capfd, "--run", str(unfinished), "--prompt", "x", "--debug")
+    assert code == 2
+    assert "is not the configuration of a run" in err
+    assert "Traceback" in err
+
+
+def test_an_adapter_of_another_model_is_refused(run_folder: Path, tmp_path: Path, capfd) -> None:
+    adapter = Path(shutil.copytree(run_folder / "adapter", tmp_path / "adapter"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    code, out, err = ask(capfd, "--run", str(run_folder), "--adapter", str(adapter), "--prompt", "x")
+    assert (code, out) == (2, "")
+    assert "DoRA" in err
+
+
+def test_help_names_every_option_and_imports_no_jax() -> None:
+    program = (
+        "import sys; from qlora_jax import generate\n"
+        "try: generate.main(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert not {'jax', 'flax', 'transformers', 'pydantic'} & set(sys.modules), 'heavy import'"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for option in ("--run", "--prompt", "--max-new-tokens", "--temperature", "--base", "--seed", "--system", "--debug"):
+        assert option in done.stdout
+
+
+def test_the_demos_model_is_fetched_where_its_path_is_gone(monkeypatch, tmp_path: Path) -> None:
+    from qlora_jax.training import demo
+
+    monkeypatch.setattr(demo, "fetch_demo_model", lambda say: tmp_path / "fetched.gguf")
+    gone = tmp_path / "cache" / Path(demo.MODEL_MEMBER).name
+    for path in (None, "smollm2-demo", str(gone)):
+        assert door._base_model(path) == str(tmp_path / "fetched.gguf")
+    assert door._base_model(str(tmp_path / "other.gguf")) == str(tmp_path / "other.gguf")
+    with pytest.raises(UserError):
+        door.parse(["--prompt", "x"])
