@@ -121,7 +121,7 @@ def describe_plan(config: TrainConfig, sizes: Sizes, dataset: Dataset, epoch: Ep
         f"{_millions(sizes.trained)} trained in adapters ({sizes.trained / (sizes.parameters + sizes.trained):.1%})",
         "memory": f"weights {_megabytes(sizes.weight_bytes)} ({linears}), adapters {_megabytes(sizes.adapter_bytes)}, "
         f"optimizer {_megabytes(sizes.optimizer_bytes)}{placed}",
-        "data": f"{data.path}: {len(dataset.train):,} of {rows:,} rows kept, {dataset.train_too_long:,} dropped "
+        "data": f"{Path(data.path or '').name}: {len(dataset.train):,} of {rows:,} rows kept, {dataset.train_too_long:,} dropped "
         f"(longer than train.seq_len={train.seq_len}); {held_out}",
         "tokens": f"{dataset.tokens:,} per epoch, {dataset.trained_tokens / dataset.tokens:.1%} of them trained; "
         f"{'packed' if train.packing else 'unpacked'} batches are {epoch.fill:.0%} full",
