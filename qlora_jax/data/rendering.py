@@ -83,7 +83,7 @@ class Renderer:
         """Tokens and loss mask of a whole conversation.
 
         Raises:
-          UserError: the template refuses the conversation or writes its beginning differently once it goes on.
+          UserError: the template refuses the conversation or does not write it as one answer after another.
         """
         place = f"{conversation.source}:{conversation.line}"
         messages = conversation.messages
@@ -118,24 +118,22 @@ class Renderer:
         through = text if index + 1 == len(messages) else self._text(messages[: index + 1], header=False, place=place)
         if not (through.startswith(before) and text.startswith(through)):
             raise UserError(
-                f"{place}: the chat template writes message {index + 1} differently when the conversation goes on",
-                why="so it is not certain which tokens are the answer's, and training and generating would differ",
+                f"{place}: the chat template does not simply go on at message {index + 1}",
+                why="what it writes without that answer, or without what follows it, is not how the whole begins, so it is "
+                "uncertain which tokens are the answer's",
                 fix=_PLAIN,
             )
         return len(before), len(through.rstrip())
 
     def _tokens(self, text: str) -> tuple[Int32[np.ndarray, " tokens"], np.ndarray, np.ndarray]:
         """Ids, and the first and last (exclusive) character of each."""
-        # Templates write the special tokens they want, once; the plain one has its own `start`.
+        # Templates write the special tokens they want, once; the plain one has `first_ids`.
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
-        starts, ends = offsets[:, 0], offsets[:, 1]
-        # Some byte-level tokenizers trim white space off their offsets, and nothing is left of white space itself.
-        reached = np.maximum.accumulate(np.concatenate([[0], ends]))[:-1]
-        starts = np.where(starts == ends, np.minimum(starts, reached), starts)
         first = self._template.first_ids
         ids = np.asarray([*first, *encoded["input_ids"]], np.int32)
-        return ids, np.concatenate([np.full(len(first), -1), starts]), np.concatenate([np.zeros(len(first), int), ends])
+        offsets = np.concatenate([np.zeros((len(first), 2), np.int64), offsets])
+        return ids, offsets[:, 0], offsets[:, 1]
 
     def _find_stop_ids(self) -> tuple[int, ...]:
         probe = Conversation((Message("user", "Hello"), Message("assistant", "Hello")), 1, "the template's trial")

@@ -77,11 +77,12 @@ def test_every_format_and_layout(tmp_path: Path, name: str, layout: str) -> None
 
 def test_text_arrives_unchanged(tmp_path: Path) -> None:
     answer = "  zwölf 🐍\u2028 tabs\t and\r\n lines\n"
+    row = json.dumps({"prompt": "", "response": answer}, ensure_ascii=False).encode() + b"\r\n"
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(
-        b"\xef\xbb\xbf" + json.dumps({"prompt": "", "response": answer}, ensure_ascii=False).encode() + b"\r\n"
-    )
-    assert read_conversations(path)[0].messages == (Message("user", ""), Message("assistant", answer))
+    path.write_bytes(b"\xef\xbb\xbf" + row + row)
+    read = read_conversations(path)
+    assert [conversation.messages for conversation in read] == [(Message("user", ""), Message("assistant", answer))] * 2
+    assert [conversation.line for conversation in read] == [1, 2]
 
 
 def test_every_broken_line_is_reported_at_once(tmp_path: Path) -> None:

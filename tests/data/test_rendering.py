@@ -170,7 +170,9 @@ def test_template_that_rewrites_earlier_answers_is_refused(make_tokenizer: MakeT
     renderer = Renderer(tokenizer)
     once = renderer.render(conversation("x", "hmm</think>y"))
     assert trained_texts(tokenizer, once) == ["hmm</think>y<|im_end|>"]
-    with pytest.raises(UserError, match=r"rows\.jsonl:7: the chat template writes message 2 differently(.|\n)*plain"):
+    with pytest.raises(
+        UserError, match=r"rows\.jsonl:7: the chat template does not simply go on at message 2(.|\n)*plain"
+    ):
         renderer.render(conversation("x", "hmm</think>y", "z", "w"))
 
 
