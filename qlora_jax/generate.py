@@ -77,7 +77,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"--max-new-tokens {options.max_new_tokens}", why="an answer has at least one token")
     if not 0 <= options.temperature < float("inf"):
         raise UserError(
-            f"--temperature {options.temperature:g}", why="0 takes the likeliest token, above 0 samples", fix="--temperature 0"
+            f"--temperature {options.temperature:g}",
+            why="0 takes the likeliest token, above 0 samples",
+            fix="--temperature 0",
         )
     return options
 
@@ -135,7 +137,7 @@ def _find(options: argparse.Namespace) -> _Source:
     """Looks up the run; loads nothing."""
     from qlora_jax.training.config import TrainConfig
 
-    config = TrainConfig() if options.run is None else _read_run(Path(options.run))
+    config = TrainConfig.model_validate({}) if options.run is None else _read_run(Path(options.run))
     adapter = None if options.adapter is None else Path(options.adapter)
     if adapter is None and options.run is not None and not options.base:
         adapter = Path(options.run) / "adapter"
@@ -167,7 +169,7 @@ def _read_run(folder: Path) -> "TrainConfig":
         raise UserError(
             f"no run at {folder}",
             why=f"{file} does not exist" if folder.is_dir() else "there is no such folder",
-            fix=f"did you mean --run {folder.parent / close[0]}?" if close else "--run the folder that training printed",
+            fix=f"did you mean --run {folder.parent / close[0]}?" if close else "--run FOLDER, as training printed it",
         )
     try:
         return TrainConfig.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
@@ -216,9 +218,9 @@ def _reply(model: "Llama", renderer: "Renderer", messages: "list[Message]", opti
         eos_ids=renderer.stop_ids,
     )[0]
     if len(tokens) == limit:
-        which = f"--max-new-tokens {limit}" if limit == options.max_new_tokens else f"the model's {limit} last positions"
-        _say(f"(the answer was cut at {which})")
-    return renderer.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        cut = f"--max-new-tokens {limit}" if limit == options.max_new_tokens else "the end of the model's positions"
+        _say(f"(the answer was cut at {cut})")
+    return str(renderer.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
 def _base_model(path: str | None) -> str:

@@ -28,7 +28,8 @@ def run_folder(golden_dir: Path, tmp_path_factory) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
     fast.chat_template = (
-        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
     )
     fast.save_pretrained(model)
     run = folder / "runs" / "first"

@@ -64,9 +64,11 @@ class LlamaConfig:
             with a key missing, heads that key/value heads do not divide, or an odd head_dim.
         """
         if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
-            raise UserError(f"hidden_act={activation!r} of the model is not supported", why="LLaMA's MLP is SwiGLU: silu")
+            raise UserError(f"hidden_act={activation!r} of the model is not supported", why="LLaMA's MLP is SwiGLU")
         if (share := config.get("partial_rotary_factor", 1.0)) != 1.0:
-            raise UserError(f"partial_rotary_factor={share} of the model is not supported", why="LLaMA rotates whole heads")
+            raise UserError(
+                f"partial_rotary_factor={share} of the model is not supported", why="whole heads are rotated"
+            )
         own = {field.name for field in dataclasses.fields(cls)}
         values = {key: value for key, value in config.items() if key in own and value is not None}
         made = cls(**values | {"rope_scaling": _rope_scaling(config.get("rope_scaling"))})

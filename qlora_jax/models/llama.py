@@ -90,7 +90,7 @@ class Attention(nnx.Module):
         key = rotate(self.k_proj(x, rngs=k_key).reshape(heads), *rotation)
         value = self.v_proj(x, rngs=v_key).reshape(heads)
         own = (key, value)
-        if past is not None:
+        if past is not None and slot is not None:
             key = jax.lax.dynamic_update_slice_in_dim(past[0], key, slot, axis=1)
             value = jax.lax.dynamic_update_slice_in_dim(past[1], value, slot, axis=1)
         y = attend(query, key, value, mask)
@@ -214,10 +214,10 @@ class Llama(nnx.Module):
         h = self.embed_tokens(input_ids, self.dtype)
         if cache is not None:
             if rngs is not None:
-                raise UserError("rngs given together with a cache", why="dropout is for training, a cache for generation")
+                raise UserError("rngs given with a cache", why="dropout is for training, a cache for generation")
             return self._continue(h, positions, segment_ids, cache)
         mask = None if segment_ids is None else visible(segment_ids, segment_ids)
-        rotation = self._rotation(positions, mask, h.shape[:2])
+        rotation = self._rotation(positions, mask, input_ids)
         h = scan_layers(self.layers, h, rotation, mask, rngs=rngs, remat=self.remat)
         return self.norm(h)
 
@@ -243,16 +243,16 @@ class Llama(nnx.Module):
             segment_ids = jnp.ones(h.shape[:2], jnp.int32)
         known = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, cache.length, axis=1)
         mask = visible(segment_ids, known, cache.length)
-        rotation = self._rotation(positions, mask, h.shape[:2])
+        rotation = self._rotation(positions, mask, h)
         past = (cache.keys, cache.values)
         h, (keys, values) = scan_layers_with(self.layers, h, past, rotation, mask, cache.length)
         return self.norm(h), cache.extended(keys, values, segment_ids)
 
-    def _rotation(self, positions: Array | None, mask: Array | None, shape: tuple[int, int]) -> tuple[Array, Array]:
-        if positions is None and mask is None:
-            positions = jnp.broadcast_to(jnp.arange(shape[1])[None, :], shape)
-        elif positions is None:
+    def _rotation(self, positions: Array | None, mask: Array | None, like: Array) -> tuple[Array, Array]:
+        if positions is None and mask is not None:
             positions = jnp.sum(mask, axis=-1) - 1  # it sees itself and the earlier ones of its segment
+        elif positions is None:
+            positions = jnp.broadcast_to(jnp.arange(like.shape[1])[None, :], like.shape[:2])
         return rotations(positions, self.config)
 
 

@@ -67,9 +67,7 @@ def load_model(
     _check_tensors(checkpoint, config)
     encode: _Encode = _to_kernel
     if quant_type is not None:
-        encode = functools.partial(
-            _to_nf4, quant_type=quant_type, block_size=block_size, double_quant=double_quant
-        )
+        encode = functools.partial(_to_nf4, quant_type=quant_type, block_size=block_size, double_quant=double_quant)
     reader = _Reader(checkpoint, config.num_hidden_layers, progress)
     layers: dict[str, Any] = {norm: {"weight": reader.stack(f"{norm}.weight", _as_is)} for norm in BLOCK_NORMS}
     for linear in BLOCK_LINEARS:
@@ -87,9 +85,7 @@ def load_model(
         weights["lm_head"] = {"weight": reader.one("lm_head.weight", _as_is)}
     model = Llama(config, weights, dtype)
     if rank:
-        add_lora(
-            model, rank=rank, alpha=alpha, dropout=dropout, targets=targets or BLOCK_LINEARS, rngs=nnx.Rngs(seed)
-        )
+        add_lora(model, rank=rank, alpha=alpha, dropout=dropout, targets=targets or BLOCK_LINEARS, rngs=nnx.Rngs(seed))
     return model
 
 
@@ -200,7 +196,7 @@ def _check_tensors(checkpoint: Checkpoint, config: LlamaConfig) -> None:
     wrong = [name for name in there if tuple(checkpoint.shape(name)) != expected[name]]
     errors += [
         UserError(
-            f"tensor {name!r} of {checkpoint.path} has shape {tuple(checkpoint.shape(name))}, expected {expected[name]}",
+            f"tensor {name!r} of {checkpoint.path} has shape {checkpoint.shape(name)}, expected {expected[name]}",
             why=f"that is what the model's configuration says ({_sizes(config)})",
             fix="config.json and the weights must belong together",
         )

@@ -34,7 +34,8 @@ def rotations(
     positions: Int[Array, "batch seq"], config: LlamaConfig
 ) -> tuple[Float[Array, "batch seq 1 half"], Float[Array, "batch seq 1 half"]]:
     """Cosines and sines of each position's angles, float32, with an axis for heads."""
-    angles = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(inverse_frequencies(config))[None, None, None]
+    frequencies = jnp.asarray(inverse_frequencies(config)).reshape(1, 1, 1, -1)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 

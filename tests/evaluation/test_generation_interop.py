@@ -1,4 +1,4 @@
-"""Greedy answers against transformers': the same tokens, or another first where its two best are a near-tie (< 1e-3)."""
+"""Greedy answers against transformers': the same tokens, or different first at a near-tie of its two best (< 1e-3)."""
 
 from pathlib import Path
 

@@ -42,9 +42,7 @@ def test_stacks_hold_the_bytes_of_each_layer_quantized_alone(memory_checkpoint) 
     np.testing.assert_array_equal(norms[2], checkpoint.values("model.layers.2.post_attention_layernorm.weight"))
     np.testing.assert_array_equal(model.norm.weight.get_value(), checkpoint.values("model.norm.weight"))
     np.testing.assert_array_equal(model.lm_head.weight.get_value(), checkpoint.values("lm_head.weight"))
-    np.testing.assert_array_equal(
-        model.embed_tokens.weight.get_value(), checkpoint.values("model.embed_tokens.weight")
-    )
+    np.testing.assert_array_equal(model.embed_tokens.weight.get_value(), checkpoint.values("model.embed_tokens.weight"))
     assert not jax.tree.leaves(nnx.state(model, nnx.Param))
 
 
@@ -149,7 +147,8 @@ def test_all_that_does_not_fit_is_named_at_once_and_nothing_is_read(memory_check
 
 @pytest.mark.parametrize("quant_type", ["nf4", None])
 @pytest.mark.parametrize(
-    "name", ["model.layers.1.self_attn.v_proj.weight", "model.embed_tokens.weight", "model.layers.2.input_layernorm.weight"]
+    "name",
+    ["model.layers.1.self_attn.v_proj.weight", "model.embed_tokens.weight", "model.layers.2.input_layernorm.weight"],
 )
 def test_weights_that_are_not_finite_are_refused(memory_checkpoint, name: str, quant_type: str | None) -> None:
     def spoil(values: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Rotary embeddings against their definition with complex numbers, and the stretched frequencies against Llama 3.1's."""
+"""Rotary embeddings against their definition by complex numbers, stretched frequencies against Llama 3.1's code."""
 
 import math
 
@@ -70,7 +70,8 @@ def test_configurations_that_would_compute_something_else_are_refused() -> None:
 
     assert read(attention_dropout=0.0, torch_dtype="bfloat16") == config()
     llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    assert read(rope_scaling={"rope_type": "llama3"} | llama3).rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+    expected = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+    assert read(rope_scaling={"rope_type": "llama3"} | llama3).rope_scaling == expected
     with pytest.raises(UserError, match="'yarn'"):
         read(rope_scaling={"rope_type": "yarn", "factor": 4.0})
     with pytest.raises(UserError, match="lacks low_freq_factor"):
