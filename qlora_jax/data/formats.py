@@ -41,7 +41,7 @@ class Conversation:
     """Messages with at least one answer, which is never the first of them.
 
     Attributes:
-      line: line of the file on which the row begins, from 1.
+      line: line of the file on which the row begins, from 1; where rows of a JSON list share lines, the row's number.
       source: path of the file.
     """
 

@@ -9,7 +9,7 @@ from qlora_jax.errors import UserError
 
 
 class JsonRow(NamedTuple):
-    """A value and its line, from 1; or what is wrong there."""
+    """A value, or what is wrong with it, and its line, from 1. Rows of a list that share lines have their number."""
 
     line: int
     value: Any = None
@@ -37,6 +37,8 @@ def read_json_rows(path: Path, setting: str) -> list[JsonRow]:
             why="rows come as a JSON list, or as JSONL with one JSON object a line",
             fix=f"{setting}=rows.jsonl",
         )
+    if len({row.line for row in rows}) < len(rows):
+        return [row._replace(line=number) for number, row in enumerate(rows, start=1)]
     return rows
 
 

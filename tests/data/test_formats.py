@@ -68,7 +68,7 @@ def test_every_format_and_layout(tmp_path: Path, name: str, layout: str) -> None
         text = json.dumps([row, row], indent=2 if layout == "indented list" else None)
         path.write_text(text)
         begins = [i for i, line in enumerate(text.split("\n"), start=1) if line.startswith("  {")]
-        lines = begins or [1, 1]
+        lines = begins or [1, 2]  # on one line: the row's number
     read = read_conversations(path)
     assert [conversation.messages for conversation in read] == [messages, messages]
     assert [conversation.line for conversation in read] == lines
