@@ -119,8 +119,8 @@ class Renderer:
         if not (through.startswith(before) and text.startswith(through)):
             raise UserError(
                 f"{place}: the chat template does not simply go on at message {index + 1}",
-                why="what it writes without that answer, or without what follows it, is not how the whole begins: it is "
-                "uncertain which tokens are the answer's",
+                why="what it writes without that answer, or without what follows it, is not how the whole begins: "
+                "it is uncertain which tokens are the answer's",
                 fix=_PLAIN,
             )
         return len(before), len(through.rstrip())
