@@ -107,7 +107,7 @@ def planned_steps(config: TrainConfig, epoch: Epoch) -> int:
 
 def describe_plan(config: TrainConfig, sizes: Sizes, dataset: Dataset, epoch: Epoch) -> str:
     """The start-up lines: model, memory, data, tokens, steps, output."""
-    train, data = config.train, config.data
+    train = config.train
     steps = planned_steps(config, epoch)
     passes = steps * train.accumulation / epoch.batches
     linears = "linears in 4 bits" if config.quant.type == "nf4" else "16 bits"
@@ -121,8 +121,8 @@ def describe_plan(config: TrainConfig, sizes: Sizes, dataset: Dataset, epoch: Ep
         f"{_millions(sizes.trained)} trained in adapters ({sizes.trained / (sizes.parameters + sizes.trained):.1%})",
         "memory": f"weights {_megabytes(sizes.weight_bytes)} ({linears}), adapters {_megabytes(sizes.adapter_bytes)}, "
         f"optimizer {_megabytes(sizes.optimizer_bytes)}{placed}",
-        "data": f"{Path(data.path or '').name}: {len(dataset.train):,} of {rows:,} rows kept, {dataset.train_too_long:,} dropped "
-        f"(longer than train.seq_len={train.seq_len}); {held_out}",
+        "data": f"{Path(config.data.path or '').name}: {len(dataset.train):,} of {rows:,} rows kept, "
+        f"{dataset.train_too_long:,} dropped (longer than train.seq_len={train.seq_len}); {held_out}",
         "tokens": f"{dataset.tokens:,} per epoch, {dataset.trained_tokens / dataset.tokens:.1%} of them trained; "
         f"{'packed' if train.packing else 'unpacked'} batches are {epoch.fill:.0%} full",
         "steps": f"{steps:,} steps of {train.batch_size * train.accumulation} rows (batch_size {train.batch_size} x "
