@@ -38,7 +38,7 @@ def test_pages_cover_the_leaves_within_their_size(shapes: list[tuple[int, ...]],
         assert len(page.owned) == 2 * len(page.leaves), owned
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(rows=st.integers(2, 13), width=st.integers(1, 5), other=st.integers(1, 3000), page_bytes=st.integers(1, 40_000))
 def test_any_cut_gives_the_same_update(rows: int, width: int, other: int, page_bytes: int) -> None:
     params: Any = {"walked": jnp.sin(jnp.arange(rows * width * 512.0)).reshape(rows, width, 512), "z": jnp.ones(other)}

@@ -39,7 +39,6 @@ TRANSFORMATIONS: dict[str, Callable[[], Any]] = {
         learning_rate=optax.linear_schedule(1e-2, 0.0, 4)
     ),
     "MultiSteps": lambda: optax.MultiSteps(optax.adamw(1e-2), every_k_schedule=2),
-    "named_chain": lambda: optax.named_chain(("decay", optax.add_decayed_weights(0.1)), ("adam", optax.adam(1e-2))),
     "one page where the state has another shape": lambda: optax.adafactor(1e-2, min_dim_size_to_factor=8),
 }
 
@@ -57,7 +56,7 @@ def test_masks_and_labels_may_be_trees(params: Any, page_bytes: int, max_differe
     assert max_difference(optax.chain(decay, parts), params, page_bytes, steps=2) <= BOUND
 
 
-@pytest.mark.parametrize("page_bytes", [1, 10_000, 1 << 30])
+@pytest.mark.parametrize("page_bytes", [1, 1 << 30])
 def test_any_page_size(page_bytes: int, params: Any, max_difference: Callable[..., float]) -> None:
     assert max_difference(optax.adamw(1e-2), params, page_bytes) <= BOUND
 
