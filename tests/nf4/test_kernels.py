@@ -129,6 +129,46 @@ def test_weights_are_decoded_bit_for_bit(in_features, block_size, weight_dtype, 
     np.testing.assert_array_equal(np.asarray(dx, np.float32)[:91], expected.T)
 
 
+def edge_values(dtype):
+    """float32 values halfway between neighbours of a dtype, one step beside them, and at the ends of its range."""
+    bits = np.arange(0, 0x7F80 if dtype == "bfloat16" else 0x7C00, 97, np.uint16)
+    bits = bits[bits.view(DTYPES[dtype]).astype(np.float32) >= 2.0**-25]  # float32's own subnormals may count as 0
+    lower, upper = (b.view(DTYPES[dtype]).astype(np.float32) for b in (bits, bits + 1))
+    ties = lower + (upper - lower) / 2
+    ends = np.array([65519, 65520, 1e30, np.finfo(np.float32).max, np.inf, np.nan], np.float32)
+    return np.concatenate([lower, ties, np.nextafter(ties, 0), np.nextafter(ties, np.float32(np.inf)), ends])
+
+
+def assert_edges_are_rounded_as_numpy_does(dtype):
+    """Code 15 is 1, so these weights are their scales; every sum has one term, so infinities stay what they are."""
+    values = edge_values(dtype)
+    with np.errstate(over="ignore"):
+        expected = values.astype(DTYPES[dtype]).astype(np.float32)
+
+    def weight(shape, block_size):
+        n = shape[0] * shape[1]
+        packed = jnp.full(n // 2, 255, jnp.uint8)
+        flat = shape[0] % block_size != 0
+        return NF4Tensor(
+            packed=packed if flat else packed.reshape(shape[1], -1),
+            absmax=jnp.asarray(values) if flat else jnp.asarray(values)[None, :],
+            shape=shape,
+            block_size=block_size,
+            dtype=dtype,
+        )
+
+    one = jnp.ones((1, 1))
+    y, _ = both(one, jnp.ones((1, 2 * values.size)), weight((1, 2 * values.size), 2))
+    np.testing.assert_array_equal(np.asarray(y)[0], np.repeat(expected, 2))
+    _, dx = both(jnp.ones((1, 32 * values.size)), one, weight((32 * values.size, 1), 32))
+    np.testing.assert_array_equal(np.asarray(dx)[0], np.repeat(expected, 32))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_edges_are_rounded_as_numpy_does(dtype):
+    assert_edges_are_rounded_as_numpy_does(dtype)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     in_features=st.integers(1, 300),
@@ -224,6 +264,8 @@ import jax.numpy as jnp, numpy as np
 from qlora_jax._lib import _cpu
 import test_kernels as t
 
+for dtype in ("bfloat16", "float16"):
+    t.assert_edges_are_rounded_as_numpy_does(dtype)
 digest, worst = hashlib.sha256(), 0.0
 for in_features, out_features in ((576, 330), (150, 77)):
     for dtype, bound in t.BOUNDS.items():
