@@ -1,1 +1,1 @@
-"""What a trained model says and how well: generation."""
+"""What a trained model says and how well: held-out loss, generation."""
