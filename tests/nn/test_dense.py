@@ -89,7 +89,13 @@ def test_quant_type_none_keeps_a_dense_frozen_kernel():
 
 
 def test_the_kinds_of_leaves_say_what_is_frozen():
-    dense = nf4_dense(64, 32, rank=4, use_bias=True, rngs=nnx.Rngs(0))
+    made = nf4_dense(64, 32, rank=4, use_bias=True, rngs=nnx.Rngs(0))
+    taken = nf4_dense.from_linear(nnx.Linear(64, 32, rngs=nnx.Rngs(0)), rank=4, rngs=nnx.Rngs(0))
+    for dense in (made, taken):
+        check_kinds(dense)
+
+
+def check_kinds(dense):
     assert type(dense.kernel) is NF4Param
     assert type(dense.bias) is FrozenParam
     assert type(dense.lora_a) is type(dense.lora_b) is nnx.LoRAParam
