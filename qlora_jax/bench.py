@@ -5,7 +5,6 @@
 """
 
 import argparse
-import contextlib
 import datetime
 import functools
 import itertools
@@ -16,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +129,7 @@ def kernel_programs(
     import jax.numpy as jnp
     import numpy as np
 
-    from qlora_jax.nf4 import nf4_matmul
+    from qlora_jax.nf4 import nf4_matmul, use_kernels
 
     w, matrix = weights
     random = np.random.default_rng(0)
@@ -150,7 +149,7 @@ def kernel_programs(
             # The product at 0 is not used, so XLA leaves it out.
             return jax.vjp(lambda x: product(x, weight), jnp.zeros_like(x))[1](dy)[0]
 
-        with _only_kernels("auto" if name == "dense" else name):
+        with use_kernels("auto" if name == "dense" else name):
             for op, function, operand in (("forward", forward, x), ("dx", dx, dy)):
                 compiled = jax.jit(function).lower(operand, weight).compile()
                 programs[op][name] = functools.partial(_run, compiled, operand, weight)
@@ -159,18 +158,6 @@ def kernel_programs(
 
 def _run(program: "jax.stages.Compiled", *operands: Any) -> "jax.Array":
     return program(*operands).block_until_ready()
-
-
-@contextlib.contextmanager
-def _only_kernels(choice: str) -> Iterator[None]:
-    """The kernels used by what is traced inside. Traces made under another choice are forgotten."""
-    import jax
-
-    from qlora_jax.nf4 import use_kernels
-
-    jax.clear_caches()
-    with use_kernels(choice):
-        yield
 
 
 def time_demo(*, quick: bool = False) -> list[dict[str, Any]]:
@@ -185,6 +172,7 @@ def time_demo(*, quick: bool = False) -> list[dict[str, Any]]:
     Raises:
       UserError: the demo's model cannot be fetched.
     """
+    from qlora_jax.nf4 import use_kernels
     from qlora_jax.training.demo import fetch_demo_model, write_demo_rows
 
     steps = 3 if quick else 8
@@ -204,7 +192,7 @@ def time_demo(*, quick: bool = False) -> list[dict[str, Any]]:
                 "log.tensorboard": False,
             }
             print(f"demo, {name}: {steps + 1} steps", file=sys.stderr)
-            with _only_kernels(kernels):
+            with use_kernels(kernels):
                 times[name] = _step_seconds(settings)
     ours = statistics.median(times["ffi"])
     return [

@@ -1,11 +1,11 @@
 """The compiled kernels: loading, registration with XLA, and the choice between them and pure JAX."""
 
 import contextlib
-import contextvars
 import importlib.machinery
 import importlib.metadata
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -18,7 +18,8 @@ MATMUL_TARGET = "qlora_jax_nf4_matmul"
 MATMUL_DX_TARGET = "qlora_jax_nf4_matmul_dx"
 
 _MODULES = {"cpu": "qlora_jax._lib._cpu"}
-_override: contextvars.ContextVar[str | None] = contextvars.ContextVar("qlora_jax_kernels", default=None)
+# Part of the key of JAX's caches: a trace made under one choice is not taken for another.
+_override = jax.make_user_context(default_value=None)
 
 
 def _find(module_name: str) -> ModuleType:
@@ -38,6 +39,7 @@ def _find(module_name: str) -> ModuleType:
                     if spec is not None and spec.loader is not None:
                         module = importlib.util.module_from_spec(spec)
                         spec.loader.exec_module(module)
+                        sys.modules[module_name] = module
                         return module
         raise missing
 
@@ -71,26 +73,23 @@ def use_kernels(choice: str) -> Iterator[None]:
 
     Args:
       choice: "ffi" (the compiled kernels), "xla" (dequantize and multiply in pure JAX) or "auto". A function that
-        `jax.jit` has compiled already keeps what it was compiled with.
+        `jax.jit` has compiled already is compiled again where the choice differs.
 
     Raises:
       ValueError: another word.
     """
-    token = _override.set(_check(choice, "use_kernels"))
-    try:
+    with _override(_check(choice, "use_kernels")):
         yield
-    finally:
-        _override.reset(token)
 
 
 def chosen_kernels() -> str:
-    """Either "ffi" or "xla": the override, else QLORA_JAX_KERNELS, else the compiled kernels where they serve the backend.
+    """Either "ffi" or "xla": the override, else QLORA_JAX_KERNELS, else the compiled kernels where they serve.
 
     Raises:
       ValueError: QLORA_JAX_KERNELS holds another word.
       RuntimeError: "ffi" was asked for, and the kernels are not there.
     """
-    choice = _override.get() or _check(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+    choice = _override.value or _check(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
     platform = jax.default_backend()
     status = _REPORT.get(platform, f"no kernels were built for {platform}")
     if choice == "ffi" and status != "loaded":

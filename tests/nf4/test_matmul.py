@@ -233,15 +233,12 @@ def test_the_environment_variable_chooses_and_is_checked(monkeypatch, kernels):
     assert chosen_kernels() == kernels
     from qlora_jax.nf4 import kernels as module
 
-    token = module._override.set(None)
-    try:
+    with module._override(None):
         monkeypatch.setenv("QLORA_JAX_KERNELS", "xla")
         assert chosen_kernels() == "xla"
         monkeypatch.setenv("QLORA_JAX_KERNELS", "cuda")
         with pytest.raises(ValueError, match="QLORA_JAX_KERNELS must be one of auto, ffi, xla, got 'cuda'"):
             chosen_kernels()
-    finally:
-        module._override.reset(token)
     with pytest.raises(ValueError, match="got 'fast'"), use_kernels("fast"):
         pass
 
@@ -255,6 +252,15 @@ def test_missing_kernels_say_why(monkeypatch, kernels):
     if kernels == "ffi":
         with pytest.raises(RuntimeError, match="No module named '_cpu'"):
             chosen_kernels()
+
+
+def test_each_choice_is_traced_apart():
+    """JAX caches traces by function and shapes: the kernels chosen first must not stick."""
+    w, x = weight(64, 32), normal(4, 64)
+    gradient = jax.jit(lambda x: jax.vjp(lambda x: nf4_matmul(x, w), x)[1](x[:, :32]))
+    for choice, compiled_kernels in [("xla", False), ("ffi", True), ("xla", False)]:
+        with use_kernels(choice):
+            assert ("@qlora_jax_nf4_matmul" in gradient.lower(x).as_text()) == compiled_kernels
 
 
 def test_jit_once_for_every_layer():
