@@ -99,6 +99,32 @@ def build(settings: dict) -> TrainConfig:
     return TrainConfig.model_validate(nested)
 
 
+@pytest.fixture(scope="session")
+def compiled_programs(tmp_path_factory) -> Path:
+    """JAX's cache of compiled programs: most of a tiny run's time is compiling what another run has compiled."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(autouse=True)
+def _reuse_compiled_programs(compiled_programs, monkeypatch):
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    options = {
+        "jax_compilation_cache_dir": str(compiled_programs),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        monkeypatch.setenv(name.upper(), str(value))  # for subprocesses
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
 @pytest.fixture
 def train(tiny_settings):
     """`train(**{"train.steps": 4}) -> (result, folder, printed)`; `on_step` is called after each step."""
