@@ -2,14 +2,15 @@
 
     python tests/real/compare_with_peft.py --seeds 0 1 2 --steps 160 --out tests/benchmarks/FILE.json
 
-Needs the `interop` extra. Both sides train rank 16, alpha 32 adapters on all seven linears of each block: AdamW at 2e-4
-after 10 warm-up steps, clip 1.0, batches of 8 unpacked rows of at most 96 tokens, loss on the answers. Adapters start
-from, and batches follow, each side's own random numbers: compare medians over seeds.
+Needs the `interop` extra. Runs that FILE holds already are not repeated.
+
+Both sides train rank 16, alpha 32 adapters on all seven linears of each block: AdamW at 2e-4 after 10 warm-up steps,
+clip 1.0, batches of 8 unpacked rows of at most 96 tokens, loss on the answers. Adapters start from, and batches follow,
+each side's own random numbers: compare medians over seeds.
 """
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -18,12 +19,12 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-from qlora_jax.data.docstrings import build_docstring_rows
-from qlora_jax.data.formats import read_conversations
-from qlora_jax.data.rendering import Renderer
 from safetensors.numpy import save_file
 
 from qlora_jax.checkpoints import open_checkpoint
+from qlora_jax.data.docstrings import build_docstring_rows
+from qlora_jax.data.formats import read_conversations
+from qlora_jax.data.rendering import Renderer
 from qlora_jax.training.demo import fetch_demo_model
 
 SEQ_LEN = 96
@@ -116,41 +117,57 @@ def main() -> None:
     arguments = parser.parse_args()
     eval_at = sorted({0, min(40, arguments.steps), arguments.steps})
     sides = {"qlora_jax": train_here, "peft": train_with_peft}
-    runs: list[dict] = []
+    runs: list[dict] = _earlier_runs(arguments.out, arguments.steps)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "both"
         prepare(folder)
         for weights in arguments.weights:
             for seed in arguments.seeds:
                 for side, train in sides.items():
+                    if any((run["side"], run["weights"], run["seed"]) == (side, weights, seed) for run in runs):
+                        continue
                     losses = train(folder, weights, seed, arguments.steps, eval_at)
                     runs.append({"side": side, "weights": weights, "seed": seed, "eval_loss": losses})
                     print(json.dumps(runs[-1]), flush=True)
-    medians = {
-        f"{side}/{weights}": {
-            step: statistics.median(
-                run["eval_loss"][step] for run in runs if (run["side"], run["weights"]) == (side, weights)
-            )
-            for step in eval_at
+                    write_report(arguments.out, runs, arguments.steps)
+
+
+def write_report(path: Path, runs: list[dict], steps: int) -> None:
+    """Writes the runs so far with the medians over their seeds, and our losses divided by PEFT's."""
+    eval_at = sorted(runs[0]["eval_loss"])
+    medians: dict[str, dict[int, float]] = {}
+    for run in runs:
+        same = [r["eval_loss"] for r in runs if (r["side"], r["weights"]) == (run["side"], run["weights"])]
+        medians[f"{run['side']}/{run['weights']}"] = {
+            step: statistics.median(losses[step] for losses in same) for step in eval_at
         }
-        for side in sides
-        for weights in arguments.weights
-    }
     report = {
-        "command": " ".join(["python", os.path.relpath(__file__), *sys.argv[1:]]),
-        "settings": {**SETTINGS, "eval_rows": EVAL_ROWS},
+        "command": f"python tests/real/compare_with_peft.py --steps {steps} --out {path.name}",
+        "settings": {**SETTINGS, "eval_rows": EVAL_ROWS, "steps": steps},
         "versions": versions(),
         "median_eval_loss": medians,
         "ours_over_peft": {
             weights: {
                 step: medians[f"qlora_jax/{weights}"][step] / medians[f"peft/{weights}"][step] for step in eval_at
             }
-            for weights in arguments.weights
+            for weights in ("nf4", "bf16")
+            if f"qlora_jax/{weights}" in medians and f"peft/{weights}" in medians
         },
         "runs": runs,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _earlier_runs(path: Path, steps: int) -> list[dict]:
+    if not path.exists():
+        return []
+    report = json.loads(path.read_text())
+    if report["settings"]["steps"] != steps:
+        raise SystemExit(f"{path} holds runs of {report['settings']['steps']} steps, not {steps}")
+    for run in report["runs"]:
+        run["eval_loss"] = {int(step): loss for step, loss in run["eval_loss"].items()}
+    return report["runs"]
 
 
 if __name__ == "__main__":
