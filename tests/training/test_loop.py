@@ -4,7 +4,11 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -57,16 +61,18 @@ def test_a_run_learns_and_writes_everything(train, compilations):
 
 
 def test_eval_loss_is_the_mean_over_every_held_out_token(train, tiny_model, tiny_rows):
-    """Five rows in batches of two: the last batch is partial. Reference: one row at a time from the full logits."""
+    """Five rows in batches of two: the last batch is partial. Reference: the full logits of all rows at once."""
     _, folder, _ = train(**{"train.steps": 1})
     model = load_model(tiny_model, dtype=jnp.float32)
     renderer = Renderer(open_checkpoint(tiny_model).tokenizer())
+    examples = [renderer.render(conversation) for conversation in read_conversations(tiny_rows[1])]
+    longest = max(len(example.input_ids) for example in examples)
+    ids = np.stack([np.pad(example.input_ids, (0, longest - len(example.input_ids))) for example in examples])
+    log_p = np.asarray(jax.nn.log_softmax(model(ids)), np.float64)  # causal: padding at the end is not seen
     total, tokens = 0.0, 0
-    for conversation in read_conversations(tiny_rows[1]):
-        example = renderer.render(conversation)
-        log_p = np.asarray(jax.nn.log_softmax(model(example.input_ids[None])[0]), np.float64)
+    for row, example in enumerate(examples):
         targets = np.flatnonzero(example.loss_mask)
-        total -= log_p[targets - 1, example.input_ids[targets]].sum()
+        total -= log_p[row, targets - 1, example.input_ids[targets]].sum()
         tokens += len(targets)
     np.testing.assert_allclose(folder.read_metrics()[0]["eval_loss"], total / tokens, rtol=1e-5)
 
@@ -151,3 +157,13 @@ def test_tensorboard_asked_for_but_not_installed_says_what_to_install(tmp_path, 
 def test_result_goes_into_json(train):
     result, _, _ = train(**{"train.steps": 1})
     json.dumps(dataclasses.asdict(result))
+
+
+def test_example_finetunes_with_the_library_alone(tiny_model, tmp_path):
+    example = Path(__file__).parents[2] / "examples" / "finetune_smollm2.py"
+    assert len(example.read_text().splitlines()) < 60
+    command = [sys.executable, "-W", "error", str(example), "2", str(tiny_model)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"step  1  loss \d\.\d{4}\nstep  2  loss \d\.\d{4}\n", done.stdout)
+    assert (tmp_path / "smollm2-adapter" / "adapter_model.safetensors").is_file()
