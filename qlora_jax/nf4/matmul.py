@@ -85,11 +85,11 @@ def _input_gradient(dy: Float[Array, "m out"], w: NF4Tensor) -> Float[Array, "m 
 
 def _batching_rule(product: Any, axis_size: int, in_batched: Any, x: Array, w: NF4Tensor) -> tuple[Array, bool]:
     x_batched, w_batched = in_batched
-    flags, structure = jax.tree.flatten(w_batched)
+    flags = jax.tree.leaves(w_batched)
     if not any(flags):
         y = product(x.reshape(axis_size * x.shape[1], x.shape[2]), w)
         return y.reshape(axis_size, x.shape[1], y.shape[-1]), True
-    leaves = structure.flatten_up_to(w)
+    leaves, structure = jax.tree.flatten(w)
     mapped = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
 
     def one(arguments: tuple[Array, list[Array]]) -> Array:
