@@ -134,7 +134,14 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{file} has no usable {', '.join(f'{key} ({raw.get(key)!r})' for key in bad)}",
             why="the model's shape follows from it: a whole number above 0",
         )
-    return _normalised(raw)
+    try:
+        return _normalised(raw)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{file} has a value of the wrong kind",
+            why=first_line(error),
+            fix="see rope_theta, rope_scaling or rope_parameters, and the numbers of heads in it",
+        ) from error
 
 
 def _normalised(raw: dict[str, Any]) -> dict[str, Any]:

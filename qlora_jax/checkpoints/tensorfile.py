@@ -101,4 +101,7 @@ def unreadable(file: Path, error: Exception) -> UserError:
 
 
 def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # A heading ("Validation error for field 'x':") says what is wrong in the line after it.
+    said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return f"{type(error).__name__}: {said or 'no message'}"

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -151,6 +152,27 @@ def test_broken_config(tiny_folder, edit_config):
     assert "num_attention_heads ('four')" in message(edit_config(hidden_size=128, num_attention_heads="four"))
     (tiny_folder / "config.json").write_text("{not json")
     assert "config.json is not valid JSON" in message(tiny_folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": None, "rope_theta": "a lot"},
+        {"rope_parameters": ["default"]},
+        {"num_attention_heads": 4, "head_dim": None, "rope_parameters": {"rope_theta": [1]}},
+    ],
+)
+def test_a_value_of_the_wrong_kind(edit_config, changes):
+    assert "config.json has a value of the wrong kind" in message(edit_config(**changes))
+
+
+def test_an_error_of_two_lines_says_what_is_wrong(tiny_folder, edit_config):
+    shutil.copyfile(tiny_folder / "config.json", tiny_folder / "tokenizer_config.json")
+    folder = edit_config(rms_norm_eps="small")
+    with pytest.raises(UserError) as caught:
+        open_checkpoint(folder).tokenizer()
+    assert "rms_norm_eps" in str(caught.value)
+    assert "float" in str(caught.value)
 
 
 @pytest.mark.parametrize(
