@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from qlora_jax.errors import UserError, UserErrors
+from qlora_jax.training.commands import command_line
+from qlora_jax.training.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from qlora_jax.data.formats import Message
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from qlora_jax.models.llama import Llama
     from qlora_jax.training.config import TrainConfig
 
+_HELP = "python -m qlora_jax.generate --help lists every option"
 _DEMO_NAME = "smollm2-demo"
 _EXAMPLES = """\
 examples:
@@ -32,11 +35,12 @@ examples:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(message, fix="python -m qlora_jax.generate --help lists every option")
+        raise UserError(message, fix=_HELP)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the door and returns its exit code: 0, 2 (a user's mistake), 130 (interrupted), 1 (anything else)."""
+    quiet_libraries()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         answer(parse(given))
@@ -92,6 +96,8 @@ def answer(options: argparse.Namespace) -> None:
         prompt = sys.stdin.read().strip()
     if prompt is not None and not prompt.strip():
         raise UserError("the prompt is empty", fix='--prompt "..."')
+    _check_text(prompt or "", "the prompt")
+    _check_text(options.system or "", "--system")
     ask = _load(source, options)
     start = [("system", options.system)] if options.system else []
     if prompt is not None:
@@ -116,12 +122,25 @@ def _converse(ask: Callable[[_Turns], str], turns: _Turns) -> None:
         if not message.strip():
             continue
         try:
+            _check_text(message, "the message")
             reply = ask([*turns, ("user", message)])
         except UserError as error:
             _say(f"error: {error}")
             continue
         print(reply, flush=True)
         turns = [*turns, ("user", message), ("assistant", reply)]
+
+
+def _check_text(text: str, what: str) -> None:
+    """Python keeps bytes that are not UTF-8 as lone surrogates, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{what} is not UTF-8 text: character {error.start + 1} is {text[error.start]!a}",
+            why="tokenizers read UTF-8",
+            fix="iconv -f latin1 -t utf-8 converts a file   (if it is latin1)",
+        ) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,14 +158,20 @@ def _find(options: argparse.Namespace) -> _Source:
 
     config = TrainConfig.model_validate({}) if options.run is None else _read_run(Path(options.run))
     adapter = None if options.adapter is None else Path(options.adapter)
+    if adapter is not None and not (adapter / "adapter_config.json").is_file():
+        raise UserError(
+            f"--adapter {adapter} is no adapter",
+            why="there is no adapter_config.json in it" if adapter.is_dir() else "there is no such folder",
+            fix="--adapter RUN/adapter",
+        )
     if adapter is None and options.run is not None and not options.base:
         adapter = Path(options.run) / "adapter"
         if not (adapter / "adapter_config.json").is_file():
             raise UserError(
                 f"the run {options.run} has no adapter yet",
                 why=f"{adapter} is written when training ends",
-                fix=f"python -m qlora_jax.train output_dir={options.run} resume=true   to finish it, or --base to ask "
-                "the model as it was before",
+                fix=f"{command_line('train', f'output_dir={options.run}', 'resume=true')}   to finish it, or --base to "
+                "ask the model as it was before",
             )
     return _Source(options.model or config.model.path, adapter, config)
 
@@ -168,13 +193,13 @@ def _read_run(folder: Path) -> "TrainConfig":
         close = difflib.get_close_matches(folder.name, beside, n=1, cutoff=0.4)
         raise UserError(
             f"no run at {folder}",
-            why=f"{file} does not exist" if folder.is_dir() else "there is no such folder",
+            why=f"{file} does not exist" if folder.exists() else "there is no such folder",
             fix=f"did you mean --run {folder.parent / close[0]}?" if close else "--run FOLDER, as training printed it",
         )
     try:
         return TrainConfig.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error).splitlines()[0]
+        first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else " ".join(str(error).split())
         raise UserError(f"{file} is not the configuration of a run", why=first) from error
 
 
@@ -207,8 +232,15 @@ def _reply(model: "Llama", renderer: "Renderer", messages: "list[Message]", opti
     from qlora_jax.evaluation.generation import generate
 
     prompt = renderer.prompt(messages)
-    room = model.config.max_position_embeddings - len(prompt)
-    limit = min(options.max_new_tokens, room) if room > 0 else options.max_new_tokens
+    positions = model.config.max_position_embeddings
+    limit = min(options.max_new_tokens, positions - len(prompt))
+    if limit < 1:
+        long = "the conversation" if len(messages) > 2 else "the prompt"
+        raise UserError(
+            f"{long} takes {len(prompt)} tokens, with the template's own",
+            why=f"the model has {positions} positions, and an answer needs some of them",
+            fix="begin a new conversation" if len(messages) > 2 else "shorten the prompt",
+        )
     tokens = generate(
         model,
         [prompt],
@@ -271,7 +303,11 @@ def _parser() -> argparse.ArgumentParser:
         "between: less varied",
     )
     add("--seed", metavar="N", type=int, default=0, help="decides what is sampled (0); same seed, same answer")
-    add("--template", choices=("auto", "plain"), help="how messages are written; default: as the run was trained")
+    add(
+        "--template",
+        choices=("auto", "chat", "plain"),
+        help="how messages are written; default: as the run was trained",
+    )
     add("--debug", action="store_true", help="show where in the code an error arose")
     add("--version", action="version", version=f"qlora_jax {__version__}")
     return parser
@@ -294,7 +330,7 @@ def _normalized(arguments: Sequence[str], parser: argparse.ArgumentParser) -> li
             close = difflib.get_close_matches(name, known, n=1)
             raise UserError(
                 f"unknown option {key}",
-                fix=f"did you mean {close[0]}?" if close else "python -m qlora_jax.generate --help lists every option",
+                fix=f"did you mean {close[0]}?" if close else _HELP,
             )
         if known[name].nargs == 0:  # a flag
             if equals and value.lower() not in ("true", "false"):

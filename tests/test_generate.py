@@ -138,6 +138,25 @@ def test_mistakes_in_options(arguments: list[str], told: str, capfd) -> None:
     assert "Traceback" not in err
 
 
+def test_prompts_that_cannot_be_asked(run_folder: Path, capfd, monkeypatch, tmp_path: Path) -> None:
+    """Bytes that are not UTF-8, on the command line and from stdin; more tokens than the model has positions."""
+    for given in ("caf\udce9", "caf\udce9 au lait"):
+        code, out, err = ask(capfd, "--run", str(run_folder), "--prompt", given)
+        assert (code, out) == (2, "")
+        assert "the prompt is not UTF-8 text: character 4" in err
+        assert "loading" not in err
+    code, out, err = ask(capfd, "--run", str(run_folder), "--prompt", "x" * 127)
+    assert (code, out) == (2, "")
+    assert "the prompt takes 132 tokens" in err
+    assert "128 positions" in err
+    code, out, err = ask(capfd, "--run", str(run_folder), "--prompt", "x" * 122)
+    assert code == 0
+    assert "cut at the end of the model's positions" in err or len(out.encode()) <= 2
+    code, out, err = ask(capfd, "--model", "model", "--adapter", str(tmp_path), "--prompt", "x")
+    assert (code, out) == (2, "")
+    assert "no adapter_config.json" in err
+
+
 def test_mistakes_in_the_run(run_folder: Path, tmp_path: Path, capfd) -> None:
     code, _, err = ask(capfd, "--run", str(run_folder.parent / "frist"), "--prompt", "x")
     assert code == 2
