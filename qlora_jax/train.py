@@ -1,6 +1,9 @@
 """The training door: `python -m qlora_jax.train [--config NAME_OR_PATH] [key=value ...]`."""
 
-import shlex
+import contextlib
+import difflib
+import errno
+import os
 import sys
 import tempfile
 import traceback
@@ -11,8 +14,10 @@ from typing import TYPE_CHECKING
 
 from qlora_jax.errors import UserError, UserErrors
 from qlora_jax.training import demo
+from qlora_jax.training.commands import command_line
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.help import help_text
+from qlora_jax.training.quiet import quiet_libraries
 from qlora_jax.training.run_folder import RunFolder
 from qlora_jax.training.settings import (
     Invocation,
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
     from qlora_jax.training.preparation import Prepared
     from qlora_jax.training.progress import Progress
 
+INTERRUPTED = 130  # exit code; shells' own for a process that SIGINT ended
 _NEEDS_DATA = UserError(
     "data.path is not given",
     why="there is nothing to train on; the demo brings its own rows, but not with --config or model.path",
@@ -47,6 +53,7 @@ class Job:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the door and returns its exit code: 0, 2 (a user's mistake), 130 (interrupted), 1 (anything else)."""
+    quiet_libraries()
     invocation = parse_arguments(list(sys.argv[1:] if arguments is None else arguments))
     if "help" in invocation.flags:
         print(help_text())
@@ -64,9 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for mistake in error.errors if isinstance(error, UserErrors) else [error]:
             print(f"error: {mistake}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted before the first step; nothing is kept", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted before anything was written", file=sys.stderr)
+        return INTERRUPTED
     except Exception:
         traceback.print_exc()
         print("error: a fault of qlora_jax, not of your settings; please report the lines above", file=sys.stderr)
@@ -95,12 +102,26 @@ def resolve(invocation: Invocation) -> Job:
         return Job(with_absolute_paths(config), folder, builds_rows=False)
     if not invocation.is_demo and _source(settings, "data.path") == "":
         mistakes.append(_NEEDS_DATA)
+    if invocation.is_demo and resume and not own_folder and not folder.config_path.is_file():
+        mistakes.append(_nothing_to_resume(folder))
     try:
         folder.check(resume=resume)
     except UserError as error:
         mistakes.append(error)
     config = build_config(settings, mistakes)
     return Job(with_absolute_paths(config), folder, builds_rows=invocation.is_demo)
+
+
+def _nothing_to_resume(folder: RunFolder) -> UserError:
+    """A folder was named and nothing else: more likely mistyped than meant for the demo."""
+    beside = [path.parent.name for path in folder.path.parent.glob("*/config.yaml")]
+    near = difflib.get_close_matches(folder.path.name, beside, n=1)
+    start = f"output_dir={folder.path} resume=true data.path=rows.jsonl   (starts where there is nothing to resume)"
+    return UserError(
+        f"output_dir={folder.path} holds no run to resume",
+        why=f"{folder.config_path} does not exist, and neither --config, model.path nor data.path says what to train",
+        fix=f"did you mean output_dir={folder.path.parent / near[0]}?" if near else start,
+    )
 
 
 def dry_run(job: Job) -> int:
@@ -126,23 +147,30 @@ def train(job: Job) -> int:
 
     progress = Progress(every=job.config.log.every)
     folder, config = job.folder, with_model(job.config, progress.say)
-    if config.resume and not folder.path.exists():
+    if config.resume and not folder.config_path.exists():
         progress.say(f"{folder.path} holds no run yet: starting at step 0")
-    try:
-        if job.builds_rows:
-            config = with_rows(config, folder.data / "train.jsonl", folder.data / "eval.jsonl")
-            folder.create(config)
-            demo.write_demo_rows(folder.data)
-        prepared = prepare(config)
-        progress.say(prepared.plan)
-        if not job.builds_rows:
-            folder.create(config)
-        return _train(config, folder, prepared, progress)
-    except (UserError, KeyboardInterrupt):
-        folder.discard()
-        raise
-    finally:
-        progress.finish()
+        config = config.model_copy(update={"resume": False})
+    with contextlib.ExitStack() as stack:
+        stack.callback(progress.finish)
+        try:
+            if job.builds_rows:
+                stack.enter_context(folder.locked())
+                config = with_rows(config, folder.data / "train.jsonl", folder.data / "eval.jsonl")
+                folder.create(config)
+                demo.write_demo_rows(folder.data)
+            prepared = prepare(config)
+            progress.say(prepared.plan)
+            if not job.builds_rows:
+                stack.enter_context(folder.locked())
+                folder.create(config)
+            return _train(config, folder, prepared, progress)
+        except BaseException as error:
+            folder.discard()
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(_kept(folder)) from None
+            if _disk_is_full(error):
+                raise _disk_full(folder) from error
+            raise
 
 
 def _train(config: TrainConfig, folder: RunFolder, prepared: "Prepared", progress: "Progress") -> int:
@@ -155,18 +183,48 @@ def _train(config: TrainConfig, folder: RunFolder, prepared: "Prepared", progres
         print(f"error: {error}", file=sys.stderr)
         return 1
     if result.already_finished:
+        folder.discard()
         return 0
     if result.interrupted:
-        command = f"python -m qlora_jax.train output_dir={shlex.quote(str(folder.path))} resume=true"
-        progress.say(f"interrupted: step {result.steps} of {prepared.steps} is saved. To go on:\n  {command}")
-        return 130
+        saved = f"interrupted: step {result.steps} of {prepared.steps} is saved"
+        progress.say(f"{saved}. To go on:\n  {_resume_command(folder)}")
+        return INTERRUPTED
     write_report(folder, config, result)
     if result.samples:
         progress.say(f"\nheld-out prompts, before and after\n\n{sample_table(result.samples)}")
-    question = result.samples[0].prompt if result.samples else "..."
-    command = f"python -m qlora_jax.generate --run {shlex.quote(str(folder.path))} --prompt {shlex.quote(question)}"
+    # Without --prompt it holds a conversation.
+    question = ["--prompt", result.samples[0].prompt] if result.samples else []
+    command = command_line("generate", "--run", str(folder.path), *question)
     progress.say(f"\n{summary(folder, result)}\n\nask it something:\n  {command}")
     return 0
+
+
+def _kept(folder: RunFolder) -> str:
+    """What to say after a Ctrl-C that could not be met by saving."""
+    if not folder.config_path.exists():
+        return "interrupted before the first step; nothing is kept"
+    return f"interrupted; this session saved nothing. To go on:\n  {_resume_command(folder)}"
+
+
+def _resume_command(folder: RunFolder) -> str:
+    return command_line("train", f"output_dir={folder.path}", "resume=true")
+
+
+def _disk_full(folder: RunFolder) -> UserError:
+    kept = folder.config_path.exists()
+    return UserError(
+        f"the disk of output_dir={folder.path} is full",
+        why="a run writes checkpoints, metrics and its adapter there"
+        + ("; what was written before is intact" if kept else ""),
+        fix=f"free some space, then {_resume_command(folder)}" if kept else "output_dir=FOLDER on another disk",
+    )
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """Orbax wraps the operating system's error in one of its own, and keeps its text only."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return os.strerror(errno.ENOSPC) in str(error)
 
 
 def with_model(config: TrainConfig, say: Callable[[str], None] = print) -> TrainConfig:
@@ -194,4 +252,10 @@ def _output_dir(settings: dict[str, Setting]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == INTERRUPTED:
+        # Where a second Ctrl-C stopped a save, Orbax's threads would print tracebacks while the interpreter shuts down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -1,5 +1,6 @@
 """The training door: exit codes, messages, and folders left clean, on a two-layer model made here."""
 
+import errno
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from qlora_jax import train
 from qlora_jax.training import demo, loop
+from qlora_jax.training.commands import command_line
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -87,8 +89,9 @@ def door(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-def tree(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Every file with its bytes, every folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 @pytest.mark.parametrize(
@@ -175,6 +178,12 @@ def name_a_missing_shard(work: Path) -> list[str]:
     return ["model-00002-of-00002.safetensors"]
 
 
+def ask_for_another_layer(work: Path) -> list[str]:
+    config = json.loads((work / "model" / "config.json").read_text())
+    (work / "model" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    return ["9 tensors are missing", "model.layers.2"]
+
+
 def write_half_a_gguf(work: Path) -> list[str]:
     shutil.rmtree(work / "model")
     (work / "model").write_bytes(b"GGUF\x03\x00\x00\x00\x01")
@@ -190,6 +199,7 @@ def write_half_a_gguf(work: Path) -> list[str]:
         truncate_weights,
         put_nan,
         name_a_missing_shard,
+        ask_for_another_layer,
         write_half_a_gguf,
     ],
 )
@@ -202,6 +212,9 @@ def test_damaged_input_is_named_and_leaves_no_run_folder(work, capsys, damage):
         assert text in errors
     assert "Traceback" not in errors
     assert tree(work) == before
+    if damage is not put_nan:  # the values of the weights are what a dry run does not read
+        assert train.main([*RUN, "--dry-run"]) == 2
+        assert capsys.readouterr().err == errors
 
 
 @pytest.mark.parametrize(
@@ -238,6 +251,12 @@ def test_dry_run_shows_the_plan_and_one_masked_example_and_writes_nothing(work, 
     assert tree(work) == before
 
 
+def test_libraries_print_nothing(work):
+    """transformers' "PyTorch was not found", where it was not, and the like."""
+    done = door(*RUN, "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.fixture
 def trained(monkeypatch) -> list:
     """Configurations that were handed to training, which is not done."""
@@ -266,7 +285,7 @@ def test_a_run_leaves_everything_it_promises(work, capsys):
     shown = capsys.readouterr().out
     assert "step 4/4  loss" in shown
     assert "held-out loss" in shown
-    assert "python -m qlora_jax.generate --run out --prompt" in shown
+    assert f"{command_line('generate', '--run', 'out')}\n" in shown
     assert str(out / "loss.png") in shown
 
     assert train.main(RUN) == 2
@@ -275,13 +294,68 @@ def test_a_run_leaves_everything_it_promises(work, capsys):
     assert "lora.rank=2" in capsys.readouterr().err
     assert train.main(["output_dir=out", "resume=true"]) == 0
     assert "finished" in capsys.readouterr().out
+    before = tree(work)
+    assert train.main(["output_dir=out", "resume=true", "train.steps=3"]) == 0
+    assert tree(work) == before
+    Path("rows.jsonl").write_text(Path("rows.jsonl").read_text().replace("Add", "Take"))
+    before = tree(work)
+    assert train.main(["output_dir=out", "resume=true", "train.steps=9"]) == 2
+    assert "changed since its checkpoint" in capsys.readouterr().err
+    assert tree(work) == before
 
 
 def test_resuming_where_there_is_nothing_starts_and_says_so(work, capsys, trained):
     assert train.main([*RUN, "resume=true"]) == 0
     assert "starting at step 0" in capsys.readouterr().out
-    assert trained[0].resume
+    assert not trained[0].resume
     assert Path("out/report.json").exists()
+
+
+def test_a_mistyped_folder_does_not_start_the_demo(work, small_demo, capsys, trained):
+    Path("runs/mine").mkdir(parents=True)
+    Path("runs/mine/config.yaml").write_text("{}")
+    assert train.main(["output_dir=runs/mime", "resume=true"]) == 2
+    assert "did you mean output_dir=runs/mine?" in capsys.readouterr().err
+    assert train.main(["output_dir=elsewhere", "resume=true", "train.steps=3"]) == 2
+    assert "elsewhere/config.yaml does not exist" in capsys.readouterr().err
+    assert not trained
+    assert not Path("elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device", "out/report.json"), ValueError("OCDBT: No space left on device")],
+)
+def test_a_full_disk_is_said_in_three_lines(work, monkeypatch, capsys, error):
+    def run_training(config, folder, *, progress, prepared):
+        folder.append_metrics({"step": 0, "eval_loss": 1.0})
+        raise error
+
+    monkeypatch.setattr(loop, "run_training", run_training)
+    assert train.main(RUN) == 2
+    errors = capsys.readouterr().err
+    assert "error: the disk of output_dir=out is full" in errors
+    assert command_line("train", "output_dir=out", "resume=true") in errors
+    assert "Traceback" not in errors
+    assert Path("out/metrics.jsonl").exists()
+
+
+def test_a_ctrl_c_says_what_is_kept(work, monkeypatch, capsys):
+    began = []
+
+    def run_training(config, folder, *, progress, prepared):
+        if began:
+            folder.append_metrics({"step": 0, "eval_loss": 1.0})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "run_training", run_training)
+    assert train.main(RUN) == train.INTERRUPTED
+    assert "nothing is kept" in capsys.readouterr().err
+    assert not Path("out").exists()
+    began.append(True)
+    assert train.main(RUN) == train.INTERRUPTED
+    assert command_line("train", "output_dir=out", "resume=true") in capsys.readouterr().err
+    assert Path("out/metrics.jsonl").exists()
 
 
 @pytest.fixture
@@ -345,7 +419,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_going_on_ends_well(work):
             break
     rest, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors
-    assert "python -m qlora_jax.train output_dir=out resume=true" in rest
+    assert f"{command_line('train', 'output_dir=out', 'resume=true')}\n" in rest
     reached = int(json.loads(Path("out/metrics.jsonl").read_text().splitlines()[-1])["step"])
     assert 3 <= reached < 2000
     assert train.main(["output_dir=out", "resume=true", f"train.steps={reached + 1}"]) == 0

@@ -93,6 +93,15 @@ def load_model(
 _Encode = Callable[[Array], tuple[Any, Array]]
 
 
+def check_model(checkpoint: Checkpoint) -> None:
+    """Whether `load_model` will take a checkpoint, as far as that can be told without reading a tensor.
+
+    Raises:
+      UserError: a configuration that is not supported; tensors missing, unexpected or of another shape than it says.
+    """
+    _check_tensors(checkpoint, LlamaConfig.from_dict(checkpoint.config))
+
+
 class _Reader:
     """Reads tensors in turn, each turned into what the model keeps before the next one is read."""
 

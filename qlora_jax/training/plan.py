@@ -113,7 +113,7 @@ def describe_plan(config: TrainConfig, sizes: Sizes, dataset: Dataset, epoch: Ep
     linears = "linears in 4 bits" if config.quant.type == "nf4" else "16 bits"
     placed = " (paged)" if config.optim.paged else ""
     rows = len(dataset.train) + dataset.train_too_long
-    held_out = f"{len(dataset.evaluation):,} rows evaluated"
+    held_out = f"{_rows(len(dataset.evaluation))} evaluated"
     if dataset.eval_too_long:
         held_out += f" ({dataset.eval_too_long:,} too long)"
     lines = {
@@ -125,11 +125,15 @@ def describe_plan(config: TrainConfig, sizes: Sizes, dataset: Dataset, epoch: Ep
         f"{dataset.train_too_long:,} dropped (longer than train.seq_len={train.seq_len}); {held_out}",
         "tokens": f"{dataset.tokens:,} per epoch, {dataset.trained_tokens / dataset.tokens:.1%} of them trained; "
         f"{'packed' if train.packing else 'unpacked'} batches are {epoch.fill:.0%} full",
-        "steps": f"{steps:,} steps of {train.batch_size * train.accumulation} rows (batch_size {train.batch_size} x "
+        "steps": f"{steps:,} steps of {_rows(train.batch_size * train.accumulation)} (batch_size {train.batch_size} x "
         f"accumulation {train.accumulation}), {passes:.2g} epochs",
         "output": config.output_dir,
     }
     return "\n".join(f"{name:<8} {text}" for name, text in lines.items())
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'s' * (count != 1)}"
 
 
 def _linear_bytes(count: int, config: TrainConfig) -> int:
@@ -141,6 +145,8 @@ def _linear_bytes(count: int, config: TrainConfig) -> int:
 
 
 def _millions(count: int) -> str:
+    if count < 1e5:
+        return f"{count:,}"
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 

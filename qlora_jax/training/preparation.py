@@ -42,10 +42,12 @@ def prepare(config: TrainConfig) -> Prepared:
     """
     from qlora_jax.checkpoints.source import open_checkpoint
     from qlora_jax.data.rendering import Renderer
+    from qlora_jax.models.loading import check_model
 
     if config.model.path is None:
         raise UserError("model.path is not given", why="there is nothing to finetune", fix="model.path=FOLDER_OR_GGUF")
     checkpoint = open_checkpoint(config.model.path)
+    check_model(checkpoint)
     sizes = measure_model(checkpoint, config)
     tokenizer = checkpoint.tokenizer()
     check_vocabulary(tokenizer, checkpoint.shape("model.embed_tokens.weight")[0], config.model.path)

@@ -3,12 +3,14 @@
 config.yaml  environment.json  metrics.jsonl  checkpoints/<step>/  adapter/  report.json  loss.png  tensorboard/
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from qlora_jax.training.config import TrainConfig
 
 _PACKAGES = ("qlora-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 _VARIABLES = ("XLA_", "JAX_", "QLORA_")
+_ELSEWHERE = "output_dir=FOLDER that can be written"
 
 
 class RunFolder:
@@ -28,6 +31,7 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._made: list[Path] = []
+        self._replaced: dict[Path, bytes] = {}
 
     @property
     def config_path(self) -> Path:
@@ -71,11 +75,12 @@ class RunFolder:
         return self.path / "tensorboard"
 
     def numbered_sibling(self) -> "RunFolder":
-        """The first unused of PATH, PATH-2, PATH-3, ..."""
-        number, path = 1, self.path
+        """The first unused of PATH, PATH-2, PATH-3, ...; of PATH/run where PATH has no name of its own (".", "/")."""
+        first = self.path if self.path.name not in ("", "..") else self.path / "run"
+        number, path = 1, first
         while path.exists():
             number += 1
-            path = self.path.with_name(f"{self.path.name}-{number}")
+            path = first.with_name(f"{first.name}-{number}")
         return RunFolder(path)
 
     def check(self, *, resume: bool = False) -> None:
@@ -94,7 +99,9 @@ class RunFolder:
                 )
         nearest = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
         if not os.access(nearest, os.W_OK):
-            raise UserError(f"output_dir={self.path} cannot be written", why=f"no permission to write in {nearest}")
+            raise UserError(
+                f"output_dir={self.path} cannot be written", why=f"no permission to write in {nearest}", fix=_ELSEWHERE
+            )
         used = self.path.exists() and any(self.path.iterdir())
         if used and not (resume and self.config_path.exists()):
             what = "holds a run" if self.config_path.exists() else "holds files, but no run"
@@ -105,27 +112,72 @@ class RunFolder:
                 fix=f"{going_on}output_dir={self.numbered_sibling().path}",
             )
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the folder and keeps other processes out of it. The lock ends with the process, however that ends.
+
+        Raises:
+          UserError: another process is training into it, or it cannot be made.
+        """
+        self._make()
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"output_dir={self.path} is in use",
+                    why="another process is training into it",
+                    fix=f"wait until it ends, or output_dir={self.numbered_sibling().path}",
+                ) from error
+            except OSError:
+                pass  # a file system without locks
+            yield
+        finally:
+            os.close(descriptor)
+
     def create(self, config: TrainConfig) -> None:
         """Makes the folder and writes config.yaml (resolved; `resume` always false) and environment.json.
 
         Raises:
-          UserError: see `check`.
+          UserError: see `check`; or the folder cannot be made.
         """
         self.check(resume=config.resume)
-        self._made = [place for place in (self.path, *self.path.parents) if not place.exists()]
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._make()
         values = config.model_dump(mode="json") | {"resume": False}
-        write_atomically(self.config_path, yaml.safe_dump(values, sort_keys=False))
-        write_atomically(self.environment_path, json.dumps(describe_environment(), indent=2) + "\n")
+        texts = {
+            self.config_path: yaml.safe_dump(values, sort_keys=False),
+            self.environment_path: json.dumps(describe_environment(), indent=2) + "\n",
+        }
+        self._replaced = {path: path.read_bytes() for path in texts if path.exists()}
+        for path, text in texts.items():
+            write_atomically(path, text)
 
     def discard(self) -> None:
-        """Undoes `create` for a run that never began. A folder that existed before, or has metrics, is left alone."""
-        if self.path in self._made and not self.metrics_path.exists():
+        """Undoes what was made and written for a run, or a resumed one, that did not get to a line of metrics."""
+        for path, content in self._replaced.items():
+            write_atomically(path, content.decode())
+        if self.path in self._made:
             shutil.rmtree(self.path)
-            for parent in self._made:
-                if parent.is_dir() and not any(parent.iterdir()):
-                    parent.rmdir()
-        self._made = []
+        for place in self._made:
+            if place.is_dir() and not any(place.iterdir()):
+                place.rmdir()
+        self._keep()
+
+    def _make(self) -> None:
+        for place in reversed([place for place in (self.path, *self.path.parents) if not place.exists()]):
+            try:
+                place.mkdir()
+            except FileExistsError:  # made by another process in this moment
+                continue
+            except OSError as error:
+                self.discard()
+                raise UserError(f"output_dir={self.path} cannot be made", why=str(error), fix=_ELSEWHERE) from error
+            self._made.insert(0, place)
+
+    def _keep(self) -> None:
+        """From here on `discard` has nothing to undo."""
+        self._made, self._replaced = [], {}
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Writes one line to metrics.jsonl and flushes it. Keys whose value is None are left out.
@@ -134,6 +186,7 @@ class RunFolder:
           ValueError: a value is NaN or infinite, which JSON cannot hold.
         """
         text = json.dumps({key: value for key, value in line.items() if value is not None}, allow_nan=False)
+        self._keep()
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
 
@@ -164,11 +217,14 @@ class RunFolder:
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a file whole: a crash leaves the old one or the new one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def describe_environment() -> dict[str, Any]:

@@ -28,6 +28,7 @@ CHANGEABLE_ON_RESUME = re.compile(r"resume|train\.steps|\w+\.every|log\..*|outpu
 
 # org/name, and nothing that looks like a path.
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(?<!\.gguf)(?<!\.safetensors)")
+_PLACEHOLDERS = {"model.path": "FOLDER_OR_GGUF", "data.path": "rows.jsonl", "data.eval_path": "held_out.jsonl"}
 # What other finetuning tools call our keys: too far from ours for difflib.
 _ELSEWHERE = {
     "lr": "optim.learning_rate",
@@ -45,6 +46,14 @@ _ELSEWHERE = {
     "base_model": "model.path",
     "dataset": "data.path",
     "target_modules": "lora.targets",
+}
+
+
+# pydantic's words, where they say nothing to a user of a list.
+_MESSAGES = {
+    "missing": "too few values",
+    "too_short": "too few values",
+    "too_long": "too many values",
 }
 
 
@@ -106,7 +115,13 @@ def parse_arguments(arguments: list[str]) -> Invocation:
             elif key in FIELDS and FIELDS[key].annotation is bool:
                 value = "true"
             else:
-                mistakes.append(UserError(f"--{key} is given no value", fix=_suggest(key)))
+                known = FIELDS.get(key)
+                fix = (
+                    f"--{key} {show(known.default)}   (the default; {allowed_values(known)})"
+                    if known
+                    else _suggest(key)
+                )
+                mistakes.append(UserError(f"--{key} is given no value", fix=fix))
                 continue
         if key == "config" and argument.startswith("--"):
             config = value
@@ -290,7 +305,7 @@ def _parse_value(key: str, text: str) -> Any:
     if key in FIELDS and "text" in _words(FIELDS[key].annotation):
         return None if text == "null" else text
     if key in FIELDS and "[" in allowed_values(FIELDS[key]) and text != "null" and not text.startswith("["):
-        return text.split(",")
+        return [part.strip() for part in text.split(",") if part.strip()]
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
@@ -313,7 +328,7 @@ def _describe(error: ValidationError, given: Mapping[str, Setting]) -> Iterable[
     for detail in error.errors():
         parts = [str(part) for part in detail["loc"]]
         key = next((".".join(parts[:end]) for end in (2, 1) if ".".join(parts[:end]) in FIELDS), ".".join(parts))
-        message = detail["msg"].removeprefix("Value error, ")
+        message = _MESSAGES.get(detail["type"], detail["msg"].removeprefix("Value error, "))
         if key in given:
             setting, default = given[key], FIELDS[key].default
             problem = f"{key}={show(setting.value)} ({setting.source}): {message[0].lower()}{message[1:]}"
@@ -337,7 +352,7 @@ def _missing_files(given: Mapping[str, Setting]) -> Iterator[UserError]:
         yield UserError(
             f"{key}={path} ({given[key].source}) does not exist",
             why=why,
-            fix=f"did you mean {folder / near[0]}?" if near else "",
+            fix=f"did you mean {folder / near[0]}?" if near else f"{key}={_PLACEHOLDERS[key]}",
         )
 
 

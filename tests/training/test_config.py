@@ -267,3 +267,27 @@ def test_the_schema_and_the_help_do_not_import_jax():
     code = "import sys, qlora_jax.train; print([name for name in ('jax', 'flax', 'numpy') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("optim.betas=[0.9]", ["optim.betas=[0.9]", "too few values", "optim.betas=[0.9,0.999]"]),
+        ("optim.betas=0.9,0.99,0.999", ["too many values"]),
+        ("lora.targets=", ["lora.targets=[]", "too few values"]),
+        ("lora.targets=,", ["lora.targets=[]", "too few values"]),
+        ("--lora.rank", ["--lora.rank is given no value", "fix: --lora.rank 16"]),
+        ("model.path=", ["model.path= (command line) does not exist", "fix: model.path=FOLDER_OR_GGUF"]),
+    ],
+)
+def test_lists_and_values_that_are_not_there(argument, told):
+    given = parse_arguments([argument])
+    with pytest.raises(UserError) as caught:
+        build_config(given.settings, given.mistakes)
+    for text in told:
+        assert text in str(caught.value)
+
+
+def test_white_space_around_the_items_of_a_list_is_left_out():
+    config = build_config(parse_arguments(["lora.targets=q_proj, v_proj,"]).settings)
+    assert config.lora.targets == ["q_proj", "v_proj"]

@@ -1,6 +1,7 @@
 """The run folder: when it may be written, and what survives a crash."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -83,11 +84,51 @@ def test_discard_removes_what_create_made_and_nothing_else(tmp_path):
     resumed.discard()
     assert resumed.config_path.exists()
 
+    before = resumed.config_path.read_text()
+    resumed.create(TrainConfig(resume=True, train={"steps": 99}))
+    assert resumed.config_path.read_text() != before
+    resumed.discard()
+    assert resumed.config_path.read_text() == before
+    resumed.create(TrainConfig(resume=True, train={"steps": 99}))
+    resumed.append_metrics({"step": 4, "loss": 1.0})
+    resumed.discard()
+    assert yaml.safe_load(resumed.config_path.read_text())["train"]["steps"] == 99
+
     begun = RunFolder(tmp_path / "begun")
     begun.create(CONFIG)
     begun.append_metrics({"step": 0, "eval_loss": 1.0})
     begun.discard()
     assert begun.metrics_path.exists()
+
+
+def test_a_folder_is_trained_into_by_one_process_at_a_time(tmp_path):
+    folder = RunFolder(tmp_path / "a" / "run")
+    with folder.locked():
+        folder.create(CONFIG)
+        other = RunFolder(tmp_path / "a" / "run")
+        with pytest.raises(UserError, match="another process is training into it") as caught, other.locked():
+            pass
+        assert str(tmp_path / "a" / "run-2") in str(caught.value)
+        other.discard()
+        assert folder.config_path.exists()
+    with RunFolder(tmp_path / "a" / "run").locked():
+        pass
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
+def test_a_folder_that_cannot_be_made_is_refused():
+    with pytest.raises(UserError, match=r"output_dir=/proc/run/a cannot be made"):
+        RunFolder("/proc/run/a").create(CONFIG)
+
+
+@pytest.mark.parametrize("path", ["", ".", "..", "/"])
+def test_a_used_folder_without_a_name_of_its_own_is_refused(path, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "notes.txt").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match="holds files, but no run") as caught:
+        RunFolder(path).check()
+    assert f"output_dir={Path(path) / 'run'}" in str(caught.value)
 
 
 @pytest.fixture
