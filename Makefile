@@ -39,7 +39,7 @@ train: $(VENV)/installed
 	$(RUN) qlora_jax.train $(ARGS)
 
 test: $(VENV)/extra-test
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n auto --dist loadfile $(ARGS)
 
 test-interop: $(VENV)/extra-test $(VENV)/extra-interop
 	$(BIN)/pytest -m "interop and not real" $(ARGS)
