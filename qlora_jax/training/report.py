@@ -93,7 +93,8 @@ def summary(folder: RunFolder, result: "Result") -> str:
     if first is not None and last is not None:
         lines.append(f"held-out loss  {first:.4f} before, {last:.4f} after  ({(last - first) / first:+.1%})")
     pace = f"{result.trained_tokens:,} trained tokens in {clock_face(result.seconds)}"
-    lines.append(f"trained        {result.steps} steps, {pace}")
+    steps = f"steps {result.resumed_at + 1} to {result.steps}" if result.resumed_at else f"{result.steps} steps"
+    lines.append(f"trained        {steps}, {pace}")
     lines.append(f"adapter        {folder.adapter}   (PEFT format)")
     lines.append(f"loss curve     {folder.plot_path}")
     lines.append(f"all numbers    {folder.report_path}, {folder.metrics_path}")

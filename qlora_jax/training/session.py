@@ -51,6 +51,7 @@ class Result:
 
     Attributes:
       steps: optimizer steps done in all.
+      resumed_at: of those, done in earlier sessions.
       interrupted: ended by Ctrl-C before its last step, with its state saved.
       already_finished: there was nothing left to do.
       seconds: wall time from the first evaluation to the last checkpoint.
@@ -62,6 +63,7 @@ class Result:
     """
 
     steps: int
+    resumed_at: int = 0
     interrupted: bool = False
     already_finished: bool = False
     seconds: float = 0.0
@@ -149,7 +151,7 @@ class Session:
           NonFiniteLossError: at the first loss or gradient that is not finite.
           KeyboardInterrupt: at the second Ctrl-C where there is no checkpoint.
         """
-        result = Result(self.step)
+        result = Result(self.step, resumed_at=self.step)
         began = time.monotonic()
         board = TensorBoard(self.folder.tensorboard, self.config.log.tensorboard, first_step=self.step)
         self.progress.start(self.total_steps, self.step)

@@ -77,6 +77,9 @@ def test_the_summary_compares_before_and_after_and_says_where_things_are(folder)
     for path in (folder.plot_path, folder.adapter, folder.report_path):
         assert str(path) in text
     assert "held-out" not in summary(folder, Result(steps=1))
+    # Tokens and time are this session's.
+    resumed = summary(folder, Result(steps=9, resumed_at=4, trained_tokens=70, seconds=5.0))
+    assert "trained        steps 5 to 9, 70 trained tokens in 0:05" in resumed
 
 
 def test_answers_are_shown_one_under_the_other():
