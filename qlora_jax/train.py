@@ -100,7 +100,7 @@ def resolve(invocation: Invocation) -> Job:
         config = build_config(resume_settings(asked, stored))
         folder.check(resume=True)
         return Job(with_absolute_paths(config), folder, builds_rows=False)
-    if not invocation.is_demo and _source(settings, "data.path") == "":
+    if not invocation.is_demo and _source(settings, "data.path") == "" and not mistakes:  # it may be in what is unread
         mistakes.append(_NEEDS_DATA)
     if invocation.is_demo and resume and not own_folder and not folder.config_path.is_file():
         mistakes.append(_nothing_to_resume(folder))
@@ -203,7 +203,7 @@ def _kept(folder: RunFolder) -> str:
     """What to say after a Ctrl-C that could not be met by saving."""
     if not folder.config_path.exists():
         return "interrupted before the first step; nothing is kept"
-    return f"interrupted; this session saved nothing. To go on:\n  {_resume_command(folder)}"
+    return f"interrupted before it could save; earlier checkpoints are intact. To go on:\n  {_resume_command(folder)}"
 
 
 def _resume_command(folder: RunFolder) -> str:

@@ -105,8 +105,14 @@ def planned_steps(config: TrainConfig, epoch: Epoch) -> int:
     return math.ceil(config.train.epochs * epoch.batches / config.train.accumulation)
 
 
-def describe_plan(config: TrainConfig, sizes: Sizes, dataset: Dataset, epoch: Epoch) -> str:
-    """The start-up lines: model, memory, data, tokens, steps, output."""
+def describe_plan(
+    config: TrainConfig, sizes: Sizes, dataset: Dataset, epoch: Epoch, positions: int | None = None
+) -> str:
+    """The start-up lines: model, memory, data, tokens, steps, output.
+
+    Args:
+      positions: what the model was pretrained with; rows that are longer get a line of their own.
+    """
     train = config.train
     steps = planned_steps(config, epoch)
     passes = steps * train.accumulation / epoch.batches
@@ -129,6 +135,12 @@ def describe_plan(config: TrainConfig, sizes: Sizes, dataset: Dataset, epoch: Ep
         f"accumulation {train.accumulation}), {passes:.2g} epochs",
         "output": config.output_dir,
     }
+    beyond = sum(len(example.input_ids) > positions for example in dataset.train) if positions else 0
+    if beyond:
+        lines["caution"] = (
+            f"{_rows(beyond)} longer than the {positions:,} positions the model was pretrained with; "
+            f"train.seq_len={positions} drops {'it' if beyond == 1 else 'them'}"
+        )
     return "\n".join(f"{name:<8} {text}" for name, text in lines.items())
 
 

@@ -60,7 +60,7 @@ def prepare(config: TrainConfig) -> Prepared:
         renderer=renderer,
         dataset=dataset,
         steps=planned_steps(config, epoch),
-        plan=describe_plan(config, sizes, dataset, epoch),
+        plan=describe_plan(config, sizes, dataset, epoch, checkpoint.config.get("max_position_embeddings")),
     )
 
 

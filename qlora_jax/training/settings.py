@@ -49,6 +49,7 @@ _ELSEWHERE = {
 }
 
 
+_SWITCHED = ("true", "false", "yes", "no", "on", "off", "1", "0")  # what pydantic takes for a bool, too
 # pydantic's words, where they say nothing to a user of a list.
 _MESSAGES = {
     "missing": "too few values",
@@ -110,10 +111,16 @@ def parse_arguments(arguments: list[str]) -> Invocation:
             mistakes.append(UserError(f"{argument!r} is neither key=value nor --key value", fix=_suggest(argument)))
             continue
         if not equals:
-            if rest and not (rest[0].startswith("--") and len(rest[0]) > 2):
-                value = rest.pop(0)
-            elif key in FIELDS and FIELDS[key].annotation is bool:
+            switch = key in FIELDS and FIELDS[key].annotation is bool
+            if switch and not (rest and rest[0].lower() in _SWITCHED):  # `--resume output_dir=RUN`
                 value = "true"
+            elif rest and not (rest[0].startswith("--") and len(rest[0]) > 2):
+                value = rest.pop(0)
+            elif key == "config":
+                mistakes.append(
+                    UserError("--config is given no value", fix=f"--config {', or '.join(shipped_configs())}")
+                )
+                continue
             else:
                 known = FIELDS.get(key)
                 fix = (
@@ -235,7 +242,7 @@ def find_config(name: str) -> Path:
     raise UserError(
         f"--config {name} is neither a file nor a shipped configuration",
         why=f"shipped: {', '.join(shipped)}",
-        fix=f"--config {nearest[0]}" if nearest else "",
+        fix=f"--config {nearest[0] if nearest else next(iter(shipped), 'FILE.yaml')}",
     )
 
 

@@ -277,6 +277,7 @@ def test_the_schema_and_the_help_do_not_import_jax():
         ("lora.targets=", ["lora.targets=[]", "too few values"]),
         ("lora.targets=,", ["lora.targets=[]", "too few values"]),
         ("--lora.rank", ["--lora.rank is given no value", "fix: --lora.rank 16"]),
+        ("--config", ["--config is given no value", "llama2/7b_qlora"]),
         ("model.path=", ["model.path= (command line) does not exist", "fix: model.path=FOLDER_OR_GGUF"]),
     ],
 )
@@ -286,6 +287,15 @@ def test_lists_and_values_that_are_not_there(argument, told):
         build_config(given.settings, given.mistakes)
     for text in told:
         assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "after", [["output_dir=a"], ["true", "output_dir=a"], ["--output_dir", "a"], ["yes", "--output_dir=a"]]
+)
+def test_a_switch_needs_no_value(after):
+    config = build_config(parse_arguments(["--resume", *after]).settings)
+    assert (config.resume, config.output_dir) == (True, "a")
+    assert not build_config(parse_arguments(["--resume", "false", "output_dir=a"]).settings).resume
 
 
 def test_white_space_around_the_items_of_a_list_is_left_out():

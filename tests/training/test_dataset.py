@@ -191,3 +191,13 @@ def test_the_plan_states_counts_and_bytes(tmp_path):
         "10 steps of 6 rows (batch_size 2 x accumulation 3), 6 epochs",
     ):
         assert wanted in text
+    assert "caution" not in text
+
+
+def test_the_plan_warns_of_rows_beyond_the_models_positions(tmp_path):
+    dataset = load(write_rows(tmp_path / "rows.jsonl", [5] * 9 + [9, 10]), eval_split=0)
+    config = TrainConfig(train={"steps": 1, "seq_len": 10})
+    plan = (config, measure_model(Headers(), config), dataset, Epoch(batches=5, fill=0.5))
+    assert "caution  2 rows longer than the 8 positions" in describe_plan(*plan, positions=8)
+    assert "train.seq_len=9 drops it" in describe_plan(*plan, positions=9)
+    assert "caution" not in describe_plan(*plan, positions=10)
