@@ -131,7 +131,7 @@ def describe_plan(
         f"{dataset.train_too_long:,} dropped (longer than train.seq_len={train.seq_len}); {held_out}",
         "tokens": f"{dataset.tokens:,} per epoch, {dataset.trained_tokens / dataset.tokens:.1%} of them trained; "
         f"{'packed' if train.packing else 'unpacked'} batches are {epoch.fill:.0%} full",
-        "steps": f"{steps:,} steps of {_rows(train.batch_size * train.accumulation)} (batch_size {train.batch_size} x "
+        "steps": f"{steps:,} step{'s' * (steps != 1)} of {_rows(train.batch_size * train.accumulation)} (batch_size {train.batch_size} x "
         f"accumulation {train.accumulation}), {passes:.2g} epochs",
         "output": config.output_dir,
     }

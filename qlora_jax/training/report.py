@@ -1,6 +1,7 @@
 """What is left when a run ends: report.json, loss.png, and the summary it prints."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,7 @@ def plot_losses(folder: RunFolder, *, title: str, metrics: Sequence[Mapping[str,
                 fontweight="bold",
                 ha="left" if index == 0 else "right",
             )
-    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set_title(title, loc="left", fontweight="bold", parse_math=False)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per trained token (nats)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -73,7 +74,10 @@ def plot_losses(folder: RunFolder, *, title: str, metrics: Sequence[Mapping[str,
     axes.spines[["top", "right"]].set_visible(False)
     if trained or evaluated:
         axes.legend(frameon=False, loc="upper right")
-    figure.savefig(folder.plot_path)
+    with warnings.catch_warnings():
+        # A folder's name may be written in a script that the font lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
+        figure.savefig(folder.plot_path)
 
 
 def smooth(values: Sequence[float]) -> list[float]:

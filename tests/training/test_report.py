@@ -63,6 +63,12 @@ def test_a_run_without_evaluation_or_with_one_step_is_drawn_too(tmp_path):
     assert has_colour(folder.plot_path, "#c8501e")
 
 
+@pytest.mark.parametrize("title", ["日本", "cost$_{$", "a\\b"])
+def test_any_folder_name_is_a_title(folder, title):
+    plot_losses(folder, title=title, metrics=[{"step": 0, "eval_loss": 2.0}])
+    assert has_colour(folder.plot_path, "#c8501e")
+
+
 def test_smoothing_is_unbiased_at_the_start():
     assert smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
     assert smooth([5.0]) == [5.0]
