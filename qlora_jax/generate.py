@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from qlora_jax.errors import UserError, UserErrors
 from qlora_jax.training.commands import command_line
-from qlora_jax.training.quiet import quiet_libraries
+from qlora_jax.training.console import prepare_console
 
 if TYPE_CHECKING:
     from qlora_jax.data.formats import Message
@@ -40,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the door and returns its exit code: 0, 2 (a user's mistake), 130 (interrupted), 1 (anything else)."""
-    quiet_libraries()
+    prepare_console()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         answer(parse(given))

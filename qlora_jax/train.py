@@ -16,8 +16,8 @@ from qlora_jax.errors import UserError, UserErrors
 from qlora_jax.training import demo
 from qlora_jax.training.commands import command_line
 from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.console import prepare_console
 from qlora_jax.training.help import help_text
-from qlora_jax.training.quiet import quiet_libraries
 from qlora_jax.training.run_folder import RunFolder
 from qlora_jax.training.settings import (
     Invocation,
@@ -53,7 +53,7 @@ class Job:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the door and returns its exit code: 0, 2 (a user's mistake), 130 (interrupted), 1 (anything else)."""
-    quiet_libraries()
+    prepare_console()
     invocation = parse_arguments(list(sys.argv[1:] if arguments is None else arguments))
     if "help" in invocation.flags:
         print(help_text())

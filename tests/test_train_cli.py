@@ -257,6 +257,15 @@ def test_libraries_print_nothing(work):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_terminal_of_ascii_shows_any_text(work):
+    Path("rows.jsonl").write_text(json.dumps({"instruction": "Ä", "output": "ö"}) + "\n")
+    Path("model").rename("modèle")
+    wanted = ["data.path=rows.jsonl", "data.eval_split=0", "output_dir=out", "model.path=modèle", "--dry-run"]
+    done = door(*wanted, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "model    mod\\xe8le: " in done.stdout
+
+
 @pytest.fixture
 def trained(monkeypatch) -> list:
     """Configurations that were handed to training, which is not done."""

@@ -119,6 +119,7 @@ def describe_plan(
     linears = "linears in 4 bits" if config.quant.type == "nf4" else "16 bits"
     placed = " (paged)" if config.optim.paged else ""
     rows = len(dataset.train) + dataset.train_too_long
+    counted = f"{steps:,} step{'s' * (steps != 1)} of {_rows(train.batch_size * train.accumulation)}"
     held_out = f"{_rows(len(dataset.evaluation))} evaluated"
     if dataset.eval_too_long:
         held_out += f" ({dataset.eval_too_long:,} too long)"
@@ -131,8 +132,7 @@ def describe_plan(
         f"{dataset.train_too_long:,} dropped (longer than train.seq_len={train.seq_len}); {held_out}",
         "tokens": f"{dataset.tokens:,} per epoch, {dataset.trained_tokens / dataset.tokens:.1%} of them trained; "
         f"{'packed' if train.packing else 'unpacked'} batches are {epoch.fill:.0%} full",
-        "steps": f"{steps:,} step{'s' * (steps != 1)} of {_rows(train.batch_size * train.accumulation)} (batch_size {train.batch_size} x "
-        f"accumulation {train.accumulation}), {passes:.2g} epochs",
+        "steps": f"{counted} (batch_size {train.batch_size} x accumulation {train.accumulation}), {passes:.2g} epochs",
         "output": config.output_dir,
     }
     beyond = sum(len(example.input_ids) > positions for example in dataset.train) if positions else 0
