@@ -40,7 +40,7 @@ class Samples:
         answers = generate(
             model, prompts, max_new_tokens=self._max_new_tokens, temperature=0.0, eos_ids=self._renderer.stop_ids
         )
-        return [self._renderer.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+        return [str(self._renderer.tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in answers]
 
     def pair(self, before: Sequence[str], after: Sequence[str]) -> list[Sample]:
         return [
