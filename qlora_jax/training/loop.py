@@ -44,7 +44,9 @@ def run_training(
     store = CheckpointStore(folder.checkpoints, keep=config.checkpoint.keep)
     start = first_step(config, folder, store, progress.say)
     if start is not None and start >= total_steps and (folder.adapter / "adapter_config.json").exists():
-        progress.say(f"{folder.path} is finished: {start} of {total_steps} steps are done. Its adapter: {folder.adapter}")
+        progress.say(
+            f"{folder.path} is finished: {start} of {total_steps} steps are done. Its adapter: {folder.adapter}"
+        )
         return _with_eval_losses(Result(start, already_finished=True), folder)
 
     fingerprint = {"base_sha256": checkpoint.fingerprint(), "data_sha256": dataset_sha256(dataset)}

@@ -60,9 +60,10 @@ def trained_token_losses(
         mask = trained.reshape(-1, *[1] * (compact.ndim - 1))
         return jnp.where(mask, compact[place], 0).reshape(batch, seq, *compact.shape[1:])
 
-    def chunk_of(flat_hidden: Array, start: Array) -> tuple[Array, Array, Array]:
+    def chunk_of(flat_hidden: Array, start: Array) -> tuple[Array, Array]:
+        """States and targets of trained positions; the last chunk is filled up with position 0: `spread` drops it."""
         rows = jax.lax.dynamic_slice(where, (start,), (chunk,))
-        return flat_hidden[rows], targets[rows], start + jnp.arange(chunk) < total
+        return flat_hidden[rows], targets[rows]
 
     def negative_log_likelihood(logits: Array, target: Array) -> tuple[Array, Array]:
         log_normalizer = jax.nn.logsumexp(logits, axis=-1)
@@ -73,9 +74,9 @@ def trained_token_losses(
         flat = hidden.reshape(-1, embed)
 
         def body(i: Array, losses: Array) -> Array:
-            states, target, valid = chunk_of(flat, i * chunk)
+            states, target = chunk_of(flat, i * chunk)
             loss, _ = negative_log_likelihood(head(states), target)
-            return jax.lax.dynamic_update_slice(losses, jnp.where(valid, loss, 0), (i * chunk,))
+            return jax.lax.dynamic_update_slice(losses, loss, (i * chunk,))
 
         return spread(jax.lax.fori_loop(0, num_chunks, body, jnp.zeros(capacity, jnp.float32))).sum(axis=1)
 
@@ -84,14 +85,13 @@ def trained_token_losses(
 
         def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             losses, grads = carry
-            states, target, valid = chunk_of(flat, i * chunk)
+            states, target = chunk_of(flat, i * chunk)
             logits, pull_back = jax.vjp(head, states)
             loss, log_normalizer = negative_log_likelihood(logits, target)
             # d loss / d logits = softmax(logits) - one_hot(target)
             is_target = jnp.arange(logits.shape[1])[None, :] == target[:, None]
-            d_logits = jnp.exp(logits - log_normalizer[:, None]) - is_target
-            (grad,) = pull_back(jnp.where(valid[:, None], d_logits, 0))
-            losses = jax.lax.dynamic_update_slice(losses, jnp.where(valid, loss, 0), (i * chunk,))
+            (grad,) = pull_back(jnp.exp(logits - log_normalizer[:, None]) - is_target)
+            losses = jax.lax.dynamic_update_slice(losses, loss, (i * chunk,))
             return losses, jax.lax.dynamic_update_slice(grads, grad, (i * chunk, 0))
 
         empty = jnp.zeros(capacity, jnp.float32), jnp.zeros((capacity, embed), hidden.dtype)

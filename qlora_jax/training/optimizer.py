@@ -1,7 +1,10 @@
 """AdamW for the adapters, its learning-rate schedule, and clipping where it belongs: outside the paging."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from qlora_jax.optim import paged
 from qlora_jax.training.config import OptimSection
@@ -24,7 +27,7 @@ def learning_rate_schedule(config: OptimSection, total_steps: int) -> optax.Sche
         "cosine": lambda done: (1 + jnp.cos(jnp.pi * done)) / 2,
     }[config.schedule]
 
-    def schedule(steps_taken):  # noqa: ANN001, ANN202 (optax.Schedule)
+    def schedule(steps_taken: Any) -> Float[Array, ""]:
         taken = jnp.asarray(steps_taken, jnp.float32)
         done = jnp.clip((taken - warmup) / max(total_steps - warmup, 1), 0, 1)
         return peak * jnp.minimum((taken + 1) / max(warmup, 1), 1) * shape(done)

@@ -1,7 +1,7 @@
 """One session of training: the compiled steps, the state they hand on, and where their numbers go."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -39,6 +39,8 @@ from qlora_jax.training.usage import peak_memory_bytes
 
 # Evaluation rows are padded to the longest of them, rounded up to a multiple of this: one shape, one compilation.
 EVAL_LENGTH_MULTIPLE = 32
+
+_ADVICE = "  Often it helps to look at those rows, to lower optim.learning_rate, or to set model.dtype=float32."
 
 
 class NonFiniteLossError(RuntimeError):
@@ -79,7 +81,7 @@ class Window(NamedTuple):
     """The micro-batches of one optimizer step."""
 
     arrays: dict[str, np.ndarray]  # BATCH_KEYS, each [micro-batches, batch, seq]
-    lines: list[list[Sequence[int]]]  # by micro-batch and row: lines of the data file
+    lines: list[list[list[int]]]  # by micro-batch and row: lines of the data file
 
 
 class Session:
@@ -179,7 +181,8 @@ class Session:
     def _take_steps(self, result: Result, board: TensorBoard, interrupt: Interrupt) -> None:
         if not self._resumed and self._held_out:
             self._record(board, {"eval_loss": self._evaluate()})
-        saved_at, timed = self.step if self._resumed else None, 0.0
+        saved_at = self.step if self._resumed else None
+        timed_tokens, timed_seconds = 0, 0.0
         data_state = self._loader.get_state()
         window = None if self.step >= self.total_steps else self._next_window()
         while window is not None and not interrupt.requested:
@@ -193,9 +196,8 @@ class Session:
             self.step += 1
             last, seconds, tokens = window is None, time.monotonic() - began, int(metrics.tokens)
             if result.trained_tokens:  # the first step of a session compiles
-                timed += seconds
-                counted = (result.tokens_per_second or 0) * (timed - seconds) + tokens
-                result.tokens_per_second = counted / timed
+                timed_tokens, timed_seconds = timed_tokens + tokens, timed_seconds + seconds
+                result.tokens_per_second = timed_tokens / timed_seconds
             result.trained_tokens += tokens
             line = {
                 "loss": float(metrics.loss),
@@ -212,7 +214,7 @@ class Session:
             self._save(data_state)
 
     def _next_window(self) -> Window:
-        micro = [next(self._loader) for _ in range(self.config.train.accumulation)]
+        micro: list[Mapping[str, Any]] = [next(self._loader) for _ in range(self.config.train.accumulation)]
         arrays = {key: np.stack([batch[key] for batch in micro]) for key in BATCH_KEYS}
         return Window(arrays, [batch["lines"] for batch in micro])
 
@@ -227,19 +229,19 @@ class Session:
     def _check_finite(self, metrics: StepMetrics, window: Window) -> None:
         if metrics.applied:
             return
-        bad = np.argwhere(~metrics.finite_rows)
-        places = bad if len(bad) else np.argwhere(np.ones_like(metrics.finite_rows))
-        lines = sorted({int(line) for micro, row in places for line in window.lines[micro][row]})
-        what = f"the loss of {'these rows' if len(bad) else 'the batch'} is {float(metrics.loss)}"
-        if not len(bad):
-            what = f"the loss is {float(metrics.loss):.4f} but the gradient's norm is {float(metrics.grad_norm)}"
+        bad = ~np.asarray(metrics.finite_rows)
+        if bad.any():
+            what = f"the loss is {metrics.loss}"
+        else:  # any row may have done it
+            bad = np.ones_like(bad)
+            what = f"the loss is {metrics.loss:.4f}, but the norm of its gradient is {metrics.grad_norm}"
+        lines = sorted({line for micro, row in np.argwhere(bad) for line in window.lines[micro][row]})
         saved = self.store.latest()
+        kept = "no checkpoint was written yet" if saved is None else f"the checkpoint of step {saved} is intact"
         raise NonFiniteLossError(
             f"step {self.step + 1}: {what}\n"
             f"  rows: {self.config.data.path}, line{'s' * (len(lines) > 1)} {', '.join(map(str, lines))}\n"
-            f"  The update was not applied. "
-            + (f"The checkpoint of step {saved} is intact." if saved is not None else "No checkpoint was written yet.")
-            + "\n  Often it helps to look at those rows, to lower optim.learning_rate, or to set model.dtype=float32."
+            f"  The update was not applied; {kept}.\n{_ADVICE}"
         )
 
     def _evaluate(self) -> float:
@@ -256,17 +258,24 @@ class Session:
         loss = mean_loss(eval_step, batches).loss
         if not np.isfinite(loss):
             raise NonFiniteLossError(
-                f"step {self.step}: the loss of the {len(self._held_out)} held-out rows is {loss}\n"
-                "  Often it helps to lower optim.learning_rate, or to set model.dtype=float32."
+                f"step {self.step}: the loss of the {len(self._held_out)} held-out rows is {loss}\n{_ADVICE}"
             )
         return loss
 
     def _record(self, board: TensorBoard, line: dict[str, float], tokens_per_second: float | None = None) -> None:
         """Writes the line of the step just taken and shows it."""
         self.folder.append_metrics({"step": self.step, **line})
-        usage = {"tokens_per_second": tokens_per_second, "memory_bytes": peak_memory_bytes()}
-        self.progress.step(self.step, **line, **usage)
-        board.write(self.step, {**line, **usage})
+        memory = peak_memory_bytes()
+        self.progress.step(
+            self.step,
+            loss=line.get("loss"),
+            lr=line.get("lr"),
+            grad_norm=line.get("grad_norm"),
+            tokens_per_second=tokens_per_second,
+            memory_bytes=memory,
+            eval_loss=line.get("eval_loss"),
+        )
+        board.write(self.step, {**line, "tokens_per_second": tokens_per_second, "memory_bytes": memory})
 
     def _save(self, data_state: dict[str, Any]) -> None:
         state = self._state

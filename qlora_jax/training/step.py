@@ -58,13 +58,12 @@ def split_model(model: nnx.Module) -> SplitModel:
       UserError: adapters on the output head or the embedding. The loss sees the head as a constant.
       ValueError: no adapters at all (from `trainable`).
     """
-    graphdef, adapters, frozen = nnx.split(model, trainable(model), ...)
+    graphdef, adapters, frozen = nnx.split(model, trainable(model), ...)  # type: ignore[misc]
     for path, _ in nnx.to_flat_state(adapters):
         if _HEAD_MODULES & set(map(str, path)):
             raise UserError(
                 f"an adapter on {'.'.join(map(str, path[:-1]))}",
-                why="the output head and the embedding stay frozen: the loss is computed at the trained positions only, "
-                "in one pass that gives no gradient to the head",
+                why="head and embedding stay frozen: the loss goes through the head in one pass, without its gradient",
                 fix="lora.targets=null (every linear of the blocks)",
             )
     return SplitModel(graphdef, adapters, frozen)

@@ -86,7 +86,9 @@ def test_without_held_out_rows_nothing_is_evaluated(train):
 class TestNonFiniteLoss:
     def test_stops_with_step_and_rows_and_keeps_the_checkpoint(self, train, tiny_rows):
         with pytest.raises(NonFiniteLossError) as caught:
-            train(**{"optim.learning_rate": 1e38, "optim.warmup_steps": 0, "checkpoint.every": 1, "train.packing": False})
+            train(
+                **{"optim.learning_rate": 1e38, "optim.warmup_steps": 0, "checkpoint.every": 1, "train.packing": False}
+            )
         message = str(caught.value)
         assert "step 2" in message
         assert str(tiny_rows[0]) in message

@@ -1,4 +1,4 @@
-"""The training step: one result however rows are divided, exact losses and norms, and nothing applied that is not finite."""
+"""The training step: one result however rows are divided, exact losses, nothing applied that is not finite."""
 
 import functools
 from pathlib import Path
@@ -176,7 +176,9 @@ def test_packed_rows_have_the_loss_of_unpacked_ones(split):
     lengths = (6, 5, 7, 6)
     unpacked = rows(3, lengths)
     unpacked["loss_mask"] = unpacked["segment_ids"].astype(bool) & (np.arange(SEQ)[None, :] >= 2)
-    packed = {key: np.concatenate([value[i, :n] for i, n in enumerate(lengths)])[None] for key, value in unpacked.items()}
+    packed = {
+        key: np.concatenate([value[i, :n] for i, n in enumerate(lengths)])[None] for key, value in unpacked.items()
+    }
     packed["segment_ids"] = np.repeat(np.arange(1, 5, dtype=np.int32), lengths)[None]
     graphdef, adapters, frozen = split
     step = jax.jit(make_eval_step(graphdef))
