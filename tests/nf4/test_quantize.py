@@ -18,7 +18,7 @@ def normal(*shape: int, dtype: str = "bfloat16", seed: int = 0, scale: float = 0
     return (jax.random.normal(jax.random.key(seed), shape) * scale).astype(dtype)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 70), st.integers(1, 40)),
     block_size=st.sampled_from([32, 64, 128]),
