@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,12 +94,13 @@ def dequantize(w: NF4Tensor, dtype: jax.typing.DTypeLike | None = None) -> Float
 
 def select_layer(w: NF4Tensor) -> tuple[Array, Array, Array | None, Array | None]:
     """Leaves (packed, absmax, absmax_scale, absmax_offset) of the one layer that `w` shows."""
-    leaves = (w.packed, w.absmax, w.absmax_scale, w.absmax_offset)
-    if w.num_layers is None:
-        return leaves
-    return tuple(
-        None if leaf is None else jax.lax.dynamic_index_in_dim(leaf, w.where[0], keepdims=False) for leaf in leaves
-    )
+
+    def of_layer(leaf: Any) -> Any:
+        if leaf is None or w.num_layers is None:
+            return leaf
+        return jax.lax.dynamic_index_in_dim(leaf, w.where[0], keepdims=False)
+
+    return of_layer(w.packed), of_layer(w.absmax), of_layer(w.absmax_scale), of_layer(w.absmax_offset)
 
 
 def decode_absmax(absmax: Array, scale: Array | None, offset: Array | None, groups: Array) -> Float[Array, "*blocks"]:
@@ -148,7 +150,8 @@ def _encode(kernel: Float[Array, "in out"], *, block_size: int, double_quant: bo
     leaves = {"packed": packed, "absmax": absmax}
     if double_quant:
         leaves |= _encode_scales(absmax)
-    shapes = leaf_shapes(kernel.shape, block_size, double_quant)
+    in_features, out_features = kernel.shape
+    shapes = leaf_shapes((in_features, out_features), block_size, double_quant)
     return {name: leaf.reshape(shapes[name][0]) for name, leaf in leaves.items()}
 
 

@@ -57,7 +57,7 @@ _DYNAMIC_MAP_POSITIVES = bytes.fromhex(
 
 def _signed_dynamic_map() -> np.ndarray:
     positives = np.frombuffer(_DYNAMIC_MAP_POSITIVES, ">f4").astype(np.float32)
-    return np.concatenate([-positives[::-1], np.float32([0.0]), positives, np.float32([1.0])])
+    return np.concatenate([-positives[::-1], [0.0], positives, [1.0]]).astype(np.float32)
 
 
 # The 256 values of a double-quantized scale, ascending; index 127 is 0.

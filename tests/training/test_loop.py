@@ -148,6 +148,23 @@ class TestInterrupt:
             train(twice)
 
 
+def test_tensorboard_holds_each_number_at_its_step(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    board = TensorBoard(tmp_path, True, first_step=0)
+    board.write(0, {"eval_loss": 4.5, "tokens_per_second": None})
+    board.write(1, {"loss": 2.0})
+    board.close()
+    (file,) = tmp_path.iterdir()
+    content, points = file.read_bytes(), []
+    while content:  # records: length (8 bytes), its checksum (4), the event, its checksum (4)
+        length = int.from_bytes(content[:8], "little")
+        event = Event.FromString(content[12 : 12 + length])
+        points += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+        content = content[16 + length :]
+    assert points == [("eval_loss", 0, 4.5), ("loss", 1, 2.0)]
+
+
 def test_tensorboard_asked_for_but_not_installed_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
     with pytest.raises(UserError, match=r"qlora-jax\[log\]"):
