@@ -14,8 +14,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, ReaderTenso
 from gguf.quants import dequantize
 from jaxtyping import Float
 
+from qlora_jax.checkpoints.digest import sha256_of
 from qlora_jax.checkpoints.gguf_tokenizer import build_tokenizer
-from qlora_jax.checkpoints.source import sha256_of
 from qlora_jax.errors import UserError
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qlora_jax.checkpoints.source import sha256_of
+from qlora_jax.checkpoints.digest import sha256_of
 from qlora_jax.checkpoints.tensorfile import StoredTensor, first_line, read_header, read_json, read_tensor
 from qlora_jax.errors import UserError
 

@@ -1,8 +1,6 @@
 """One view of a pretrained model, whatever file it lies in."""
 
-import hashlib
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -86,13 +84,3 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         why="a model is an HF folder, a .gguf file, or a hub name of the form org/name",
         fix="model.path=PATH",
     )
-
-
-def sha256_of(files: Iterable[Path]) -> str:
-    """sha256 (hex) of the files' bytes, one after the other: what `cat FILES | sha256sum` prints."""
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()

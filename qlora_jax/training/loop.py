@@ -14,10 +14,11 @@ from qlora_jax.models.loading import load_model
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.preparation import Prepared, prepare
 from qlora_jax.training.progress import Progress
+from qlora_jax.training.result import Result
 from qlora_jax.training.resume import dataset_sha256, first_step
 from qlora_jax.training.run_folder import RunFolder
 from qlora_jax.training.samples import Samples
-from qlora_jax.training.session import NonFiniteLossError, Result, Session
+from qlora_jax.training.session import NonFiniteLossError, Session
 
 __all__ = ["NonFiniteLossError", "Result", "run_training"]
 

@@ -3,30 +3,18 @@
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import Any
 
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.progress import clock_face
+from qlora_jax.training.result import Result, Sample
 from qlora_jax.training.run_folder import RunFolder, write_atomically
-
-if TYPE_CHECKING:
-    from qlora_jax.training.loop import Result
 
 SMOOTHING = 0.8  # weight of the past in the smoothed training loss
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A held-out prompt with its reference answer, and the model's before and after training."""
-
-    prompt: str
-    reference: str
-    before: str
-    after: str
-
-
-def write_report(folder: RunFolder, config: TrainConfig, result: "Result") -> None:
+def write_report(folder: RunFolder, config: TrainConfig, result: Result) -> None:
     """Writes report.json (the result, every evaluation, the samples) and loss.png."""
     metrics = folder.read_metrics()
     report: dict[str, Any] = {"model": config.model.path, "data": config.data.path, **asdict(result)}
@@ -90,7 +78,7 @@ def smooth(values: Sequence[float]) -> list[float]:
     return smoothed
 
 
-def summary(folder: RunFolder, result: "Result") -> str:
+def summary(folder: RunFolder, result: Result) -> str:
     """The last lines of a run: losses before and after, time, and where everything is."""
     lines = []
     first, last = result.first_eval_loss, result.last_eval_loss

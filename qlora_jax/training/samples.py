@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qlora_jax.training.report import Sample
+from qlora_jax.training.result import Sample
 from qlora_jax.training.run_folder import RunFolder, write_atomically
 
 if TYPE_CHECKING:

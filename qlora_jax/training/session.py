@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +20,7 @@ from qlora_jax.training.dataset import Dataset
 from qlora_jax.training.interrupts import Interrupt, first_interrupt_is_a_request
 from qlora_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from qlora_jax.training.progress import Progress
-from qlora_jax.training.report import Sample
+from qlora_jax.training.result import Result
 from qlora_jax.training.resume import check_fingerprint
 from qlora_jax.training.run_folder import RunFolder
 from qlora_jax.training.samples import Samples, keep_answers, kept_answers
@@ -45,36 +44,6 @@ _ADVICE = "  Often it helps to look at those rows, to lower optim.learning_rate,
 
 class NonFiniteLossError(RuntimeError):
     """A loss or a gradient became NaN or infinite. The update was not applied; the last checkpoint is as it was."""
-
-
-@dataclass
-class Result:
-    """What a run did. Times and tokens are those of this session; a resumed run adds to what earlier ones did.
-
-    Attributes:
-      steps: optimizer steps done in all.
-      resumed_at: of those, done in earlier sessions.
-      interrupted: ended by Ctrl-C before its last step, with its state saved.
-      already_finished: there was nothing left to do.
-      seconds: wall time from the first evaluation to the last checkpoint.
-      trained_tokens: tokens that losses were taken at.
-      tokens_per_second: of those, in training steps after the first (which compiles); None where there was none.
-      peak_memory_bytes: of the device where it tells, else of the process.
-      first_eval_loss, last_eval_loss: at step 0 and at the newest evaluation, of the whole run.
-      samples: held-out prompts with the answers before and after.
-    """
-
-    steps: int
-    resumed_at: int = 0
-    interrupted: bool = False
-    already_finished: bool = False
-    seconds: float = 0.0
-    trained_tokens: int = 0
-    tokens_per_second: float | None = None
-    peak_memory_bytes: int | None = None
-    first_eval_loss: float | None = None
-    last_eval_loss: float | None = None
-    samples: list[Sample] = field(default_factory=list)
 
 
 class Window(NamedTuple):

@@ -8,9 +8,9 @@ import pytest
 from matplotlib.image import imread
 
 from qlora_jax.training.config import TrainConfig
-from qlora_jax.training.report import Sample, plot_losses, sample_table, smooth, summary, write_report
+from qlora_jax.training.report import plot_losses, sample_table, smooth, summary, write_report
+from qlora_jax.training.result import Result, Sample
 from qlora_jax.training.run_folder import RunFolder
-from qlora_jax.training.session import Result
 
 SAMPLE = Sample(prompt="What does\n`x` do?", reference="Return x.", before="The function\nx ...", after="Return é.")
 RESULT = Result(steps=4, seconds=75.2, trained_tokens=4567, first_eval_loss=4.0, last_eval_loss=3.0, samples=[SAMPLE])
