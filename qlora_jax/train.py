@@ -175,7 +175,7 @@ def train(job: Job) -> int:
 
 def _train(config: TrainConfig, folder: RunFolder, prepared: "Prepared", progress: "Progress") -> int:
     from qlora_jax.training.loop import NonFiniteLossError, run_training
-    from qlora_jax.training.report import sample_table, summary, write_report
+    from qlora_jax.training.report import sample_table, summary
 
     try:
         result = run_training(config, folder, progress=progress, prepared=prepared)
@@ -189,7 +189,6 @@ def _train(config: TrainConfig, folder: RunFolder, prepared: "Prepared", progres
         saved = f"interrupted: step {result.steps} of {prepared.steps} is saved"
         progress.say(f"{saved}. To go on:\n  {_resume_command(folder)}")
         return INTERRUPTED
-    write_report(folder, config, result)
     if result.samples:
         progress.say(f"\nheld-out prompts, before and after\n\n{sample_table(result.samples)}")
     # Without --prompt it holds a conversation.

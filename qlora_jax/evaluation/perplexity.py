@@ -1,6 +1,5 @@
-"""Mean loss and perplexity over a set of batches."""
+"""Mean loss over a set of batches."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,11 +15,6 @@ class MeanLoss(NamedTuple):
 
     loss: float
     tokens: int
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss); infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 def mean_loss(eval_step: EvalStep, batches: Iterable[Mapping[str, Any]]) -> MeanLoss:

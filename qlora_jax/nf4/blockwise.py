@@ -98,7 +98,8 @@ def select_layer(w: NF4Tensor) -> tuple[Array, Array, Array | None, Array | None
     def of_layer(leaf: Any) -> Any:
         if leaf is None or w.num_layers is None:
             return leaf
-        return jax.lax.dynamic_index_in_dim(leaf, w.where[0], keepdims=False)
+        # Clamped, as the compiled kernels do: a negative index would count from the end.
+        return jax.lax.dynamic_index_in_dim(leaf, jnp.maximum(w.where[0], 0), keepdims=False)
 
     return of_layer(w.packed), of_layer(w.absmax), of_layer(w.absmax_scale), of_layer(w.absmax_offset)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qlora_jax.errors import UserError
-from qlora_jax.training.run_folder import RunFolder
+from qlora_jax.training.run_folder import RunFolder, write_atomically
 
 CONFIG = "smollm2/135m_qlora"
 OUTPUT_DIR = "runs/smollm2-demo"
@@ -90,7 +90,7 @@ def write_demo_rows(folder: Path) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "train.jsonl", folder / "eval.jsonl"
     for path, rows in zip(paths, build_docstring_rows(), strict=True):
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
     return paths
 
 

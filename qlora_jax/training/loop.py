@@ -1,4 +1,4 @@
-"""A whole run: open, load, resume, train, save the adapter.
+"""A whole run: open, load, resume, train, save the adapter, report.
 
 What a run folder promises: where `checkpoints/<step>` exists, metrics.jsonl has every line up to `step`. A resumed run
 drops the lines past its checkpoint and writes them again, bit for bit.
@@ -14,6 +14,7 @@ from qlora_jax.models.loading import load_model
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.preparation import Prepared, prepare
 from qlora_jax.training.progress import Progress
+from qlora_jax.training.report import write_report
 from qlora_jax.training.result import Result
 from qlora_jax.training.resume import dataset_sha256, first_step
 from qlora_jax.training.run_folder import RunFolder
@@ -44,7 +45,7 @@ def run_training(
     checkpoint, dataset, total_steps = prepared.checkpoint, prepared.dataset, prepared.steps
     store = CheckpointStore(folder.checkpoints, keep=config.checkpoint.keep)
     start = first_step(config, folder, store, progress.say)
-    if start is not None and start >= total_steps and (folder.adapter / "adapter_config.json").exists():
+    if start is not None and start >= total_steps and folder.finished_at() == start:
         progress.say(
             f"{folder.path} is finished: {start} of {total_steps} steps are done. Its adapter: {folder.adapter}"
         )
@@ -74,10 +75,13 @@ def run_training(
     )
     if start is not None:
         session.restore(start)
+    if config.resume:
+        # Only now: a resume that was refused has changed nothing. These steps will be taken again.
+        folder.truncate_metrics(-1 if start is None else start)
     samples = Samples(
         dataset.held_out, prepared.renderer, count=config.eval.samples, max_new_tokens=config.eval.sample_tokens
     )
-    result = session.run(samples)
+    result = _with_eval_losses(session.run(samples), folder)
     if not result.interrupted:
         save_adapter(
             session.model(),
@@ -86,7 +90,8 @@ def run_training(
             base_sha256=fingerprint["base_sha256"],
             tokenizer=prepared.tokenizer,
         )
-    return _with_eval_losses(result, folder)
+        write_report(folder, config, result)  # last: it says that all the rest is there
+    return result
 
 
 def _with_eval_losses(result: Result, folder: RunFolder) -> Result:

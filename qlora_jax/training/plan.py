@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from qlora_jax.data.rendering import Example
 
 _BLOCK_LINEAR = re.compile(r"model\.layers\.\d+\.(.+)\.weight")
-_ACTIVATION_BYTES = {"bfloat16": 2, "float32": 4}
 _SCALE_GROUP = 256  # scales that share one second-level scale under double quantization
 _PROBED_BATCHES = 200
 
@@ -57,7 +56,7 @@ def measure_model(checkpoint: "Checkpoint", config: TrainConfig) -> Sizes:
         parameters += count
         match = _BLOCK_LINEAR.fullmatch(name)
         if match is None or len(shape) != 2:
-            weight_bytes += count * _ACTIVATION_BYTES[config.model.dtype]
+            weight_bytes += count * checkpoint.dtype(name).itemsize
             continue
         linears.add(match[1])
         weight_bytes += _linear_bytes(count, config)

@@ -13,14 +13,10 @@ from qlora_jax.training.run_folder import RunFolder
 def first_step(
     config: TrainConfig, folder: RunFolder, store: CheckpointStore, say: Callable[[str], None]
 ) -> int | None:
-    """The newest complete checkpoint of a run to be resumed; None: start anew.
-
-    Lines of metrics.jsonl past it are dropped: their steps will be taken again.
-    """
+    """The newest complete checkpoint of a run to be resumed; None: start anew."""
     if not config.resume:
         return None
     latest = store.latest()
-    folder.truncate_metrics(-1 if latest is None else latest)
     if latest is None:
         say(f"{folder.path} has no complete checkpoint: starting at step 0")
     else:

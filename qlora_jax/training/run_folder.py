@@ -189,6 +189,14 @@ class RunFolder:
         self._keep()
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint is never newer than its lines, also after a power cut
+
+    def finished_at(self) -> int | None:
+        """The last step of a run that ended and left its adapter and report; None: it did not, or they are gone."""
+        if not (self.adapter / "adapter_config.json").exists() or not self.report_path.exists():
+            return None
+        return json.loads(self.report_path.read_text(encoding="utf-8")).get("steps")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line torn by a crash is left out.

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -125,6 +126,9 @@ class Headers:
 
     def shape(self, name):
         return self.shapes[name]
+
+    def dtype(self, name):
+        return np.dtype(ml_dtypes.bfloat16)
 
 
 def test_sizes_come_from_shapes():

@@ -118,6 +118,44 @@ def test_killed_between_the_last_checkpoint_and_the_adapter(train):
         np.testing.assert_array_equal(array, wanted[name], err_msg=name)
 
 
+def test_extended_run_killed_before_its_new_adapter_is_not_taken_for_finished(train, tmp_path):
+    _, folder, _ = train(**{"train.steps": 2})
+    old = tmp_path / "old"
+    shutil.copytree(folder.adapter, old)
+    old_report = folder.report_path.read_text()
+    train(**{"train.steps": 3, "resume": True})
+    wanted = load_file(folder.adapter / "adapter_model.safetensors")
+    # A SIGKILL between the last checkpoint and the adapter leaves what the shorter run wrote.
+    shutil.rmtree(folder.adapter)
+    shutil.copytree(old, folder.adapter)
+    folder.report_path.write_text(old_report)
+    result, _, _ = train(**{"train.steps": 3, "resume": True})
+    assert not result.already_finished
+    for name, array in load_file(folder.adapter / "adapter_model.safetensors").items():
+        np.testing.assert_array_equal(array, wanted[name], err_msg=name)
+    assert folder.finished_at() == 3
+
+
+def test_killed_before_the_report_writes_it_at_the_next_start(train):
+    _, folder, _ = train(**{"train.steps": 2})
+    folder.report_path.unlink()
+    folder.plot_path.unlink()
+    train(**{"train.steps": 2, "resume": True})
+    assert json.loads(folder.report_path.read_text())["steps"] == 2
+    assert folder.plot_path.exists()
+
+
+def test_a_refused_resume_keeps_every_line_of_metrics(train, tiny_rows, tmp_path):
+    _, folder, _ = train(**{"train.steps": 2})
+    folder.append_metrics({"step": 3, "loss": 1.0})  # taken after the last checkpoint
+    before = folder.metrics_path.read_text()
+    other = tmp_path / "other.jsonl"
+    other.write_text(tiny_rows[0].read_text().replace("lynx lynx", "lynx lion"))
+    with pytest.raises(UserError, match="changed"):
+        train(**{"train.steps": 4, "data.path": str(other), "resume": True})
+    assert folder.metrics_path.read_text() == before
+
+
 def test_without_a_checkpoint_it_starts_anew_and_says_so(train):
     _, folder, _ = train(**{"train.steps": 2})
     wanted = folder.metrics_path.read_text()
