@@ -128,6 +128,13 @@ class GGUFCheckpoint:
 
     def _rope_scaling(self) -> dict[str, Any] | None:
         kind = self._metadata.get("llama.rope.scaling.type", "none")
+        head_dim, rotated = (
+            self._metadata.get(f"llama.{key}") for key in ("attention.key_length", "rope.dimension_count")
+        )
+        if head_dim is not None and rotated is not None and head_dim != rotated:
+            kind = f"only {rotated} of {head_dim} dimensions of a head are rotated"
+        elif "llama.rope.scale_linear" in self._metadata:
+            kind = f"linear, by {self._metadata['llama.rope.scale_linear']}"
         if kind != "none":
             raise UserError(
                 f"unsupported rope scaling in {self.path}: {kind}",

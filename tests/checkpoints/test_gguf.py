@@ -190,6 +190,12 @@ def test_unsupported_rope_scaling(tiny_gguf, tmp_path):
     assert "unsupported rope scaling" in message(tmp_path / "tiny.gguf")
     tiny_gguf(extra={"rope_freqs.weight": np.linspace(1, 9, 8, dtype=np.float32)}).write(tmp_path / "tiny.gguf")
     assert "unsupported rope scaling" in message(tmp_path / "tiny.gguf")
+    tiny_gguf(metadata={"llama.rope.scale_linear": 2.0}).write(tmp_path / "tiny.gguf")
+    assert "linear, by 2.0" in message(tmp_path / "tiny.gguf")
+    tiny_gguf(metadata={"llama.attention.key_length": 16, "llama.rope.dimension_count": 8}).write(
+        tmp_path / "tiny.gguf"
+    )
+    assert "only 8 of 16 dimensions" in message(tmp_path / "tiny.gguf")
 
 
 def test_missing_metadata_and_lists(tiny_gguf, tmp_path):
