@@ -7,14 +7,13 @@ import argparse
 import dataclasses
 import difflib
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from qlora_jax.errors import UserError, UserErrors
+from qlora_jax.errors import UserError
 from qlora_jax.training.commands import command_line
-from qlora_jax.training.console import prepare_console
+from qlora_jax.training.console import prepare_console, report_fault, report_mistakes
 
 if TYPE_CHECKING:
     from qlora_jax.data.formats import Message
@@ -45,18 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         answer(parse(given))
     except UserError as error:
-        if "--debug" in given:
-            traceback.print_exc()
-        for mistake in error.errors if isinstance(error, UserErrors) else [error]:
-            print(f"error: {mistake}", file=sys.stderr)
-        return 2
+        return report_mistakes(error, debug="--debug" in given)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception:
-        traceback.print_exc()
-        print("error: a fault of qlora_jax, not of your settings; please report the lines above", file=sys.stderr)
-        return 1
+        return report_fault()
     return 0
 
 
@@ -218,9 +211,7 @@ def _load(source: _Source, options: argparse.Namespace) -> Callable[[_Turns], st
     renderer = Renderer(checkpoint.tokenizer(), options.template or config.data.template)
     model = load_model(
         checkpoint,
-        quant_type=None if config.quant.type == "none" else config.quant.type,
-        block_size=config.quant.block_size,
-        double_quant=config.quant.double_quant,
+        **config.quant.load_arguments(),
         dtype=config.model.dtype,
     )
     if source.adapter is not None:

@@ -6,17 +6,16 @@ import errno
 import os
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_jax.errors import UserError, UserErrors
+from qlora_jax.errors import UserError
 from qlora_jax.training import demo
 from qlora_jax.training.commands import command_line
 from qlora_jax.training.config import TrainConfig
-from qlora_jax.training.console import prepare_console
+from qlora_jax.training.console import prepare_console, report_fault, report_mistakes
 from qlora_jax.training.help import help_text
 from qlora_jax.training.run_folder import RunFolder
 from qlora_jax.training.settings import (
@@ -66,18 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return dry_run(resolve(invocation)) if "dry-run" in invocation.flags else train(resolve(invocation))
     except UserError as error:
-        if "debug" in invocation.flags:
-            traceback.print_exc()
-        for mistake in error.errors if isinstance(error, UserErrors) else [error]:
-            print(f"error: {mistake}", file=sys.stderr)
-        return 2
+        return report_mistakes(error, debug="debug" in invocation.flags)
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted before anything was written", file=sys.stderr)
         return INTERRUPTED
     except Exception:
-        traceback.print_exc()
-        print("error: a fault of qlora_jax, not of your settings; please report the lines above", file=sys.stderr)
-        return 1
+        return report_fault()
 
 
 def resolve(invocation: Invocation) -> Job:

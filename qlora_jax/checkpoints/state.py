@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 
 from qlora_jax.checkpoints.atomic import sync
 from qlora_jax.errors import UserError
+from qlora_jax.optim.placement import HOST_KIND, to_host
 
 _STAGING, _DISCARDED = ".saving-", ".deleting-"
 _TREES = ("adapter", "optimizer")
@@ -125,7 +126,8 @@ class CheckpointStore:
             arrays = checkpointer.restore(place / "arrays", args=ocp.args.StandardRestore(targets))
         restored = {}
         for name, like in zip(_TREES, (adapter_like, optimizer_like), strict=True):
-            restored[name] = jax.tree.unflatten(jax.tree.structure(like), [arrays[name][key] for key in likes[name]])
+            leaves = [_typed_by_its_memory(arrays[name][key]) for key in likes[name]]
+            restored[name] = jax.tree.unflatten(jax.tree.structure(like), leaves)
         return {**restored, "data": record["data"], "fingerprint": record["fingerprint"]}
 
     def _discard(self, steps: Sequence[int]) -> None:
@@ -134,6 +136,11 @@ class CheckpointStore:
             doomed = self.folder / f"{_DISCARDED}{step}"
             (self.folder / str(step)).rename(doomed)
             shutil.rmtree(doomed)
+
+
+def _typed_by_its_memory(array: jax.Array) -> jax.Array:
+    """JAX types an array that Orbax read into host memory as one in device memory, until it is put there again."""
+    return to_host(array) if array.sharding.memory_kind == HOST_KIND else array
 
 
 def _damage(place: Path) -> str | None:

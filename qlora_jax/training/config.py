@@ -62,6 +62,10 @@ class QuantSection(Section):
         True, description="Store the scales in 8 bits too: 0.37 bits per weight less, at no measurable loss."
     )
 
+    def load_arguments(self) -> dict[str, Any]:
+        """These settings as arguments of `load_model`, which calls 16-bit weights None."""
+        return {**self.model_dump(exclude={"type"}), "quant_type": None if self.type == "none" else self.type}
+
 
 class LoraSection(Section):
     rank: Int = Field(

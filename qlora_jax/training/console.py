@@ -1,9 +1,28 @@
-"""What a door does to its process before it prints: libraries kept quiet, any text printable."""
+"""How doors print: libraries kept quiet, any text printable, mistakes and faults told apart."""
 
 import io
 import logging
 import os
 import sys
+import traceback
+
+from qlora_jax.errors import UserError, UserErrors
+
+
+def report_mistakes(error: UserError, *, debug: bool = False) -> int:
+    """Prints a user's mistakes, with the traceback only where asked for; returns the exit code 2."""
+    if debug:
+        traceback.print_exc()
+    for mistake in error.errors if isinstance(error, UserErrors) else [error]:
+        print(f"error: {mistake}", file=sys.stderr)
+    return 2
+
+
+def report_fault() -> int:
+    """Prints the exception being handled as ours; returns the exit code 1."""
+    traceback.print_exc()
+    print("error: a fault of qlora_jax, not of your settings; please report the lines above", file=sys.stderr)
+    return 1
 
 
 def prepare_console() -> None:

@@ -58,9 +58,7 @@ def run_training(
         progress,
         model=load_model(
             checkpoint,
-            quant_type=None if config.quant.type == "none" else config.quant.type,
-            block_size=config.quant.block_size,
-            double_quant=config.quant.double_quant,
+            **config.quant.load_arguments(),
             rank=config.lora.rank,
             alpha=config.lora.alpha,
             dropout=config.lora.dropout,

@@ -14,7 +14,6 @@ from qlora_jax.data.loader import Loader, eval_batches
 from qlora_jax.evaluation.perplexity import mean_loss
 from qlora_jax.models.llama import Llama
 from qlora_jax.optim import paged_jit
-from qlora_jax.optim.placement import HOST_KIND, to_host
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.dataset import Dataset
 from qlora_jax.training.interrupts import Interrupt, first_interrupt_is_a_request
@@ -109,9 +108,7 @@ class Session:
         """
         saved = self.store.restore(step, adapter_like=self._state.trainable, optimizer_like=self._state.optimizer)
         check_fingerprint(saved["fingerprint"], self.fingerprint, self.config)
-        # JAX types an array that was read into host memory as one in device memory, until it is put there again.
-        optimizer = jax.tree.map(lambda x: to_host(x) if x.sharding.memory_kind == HOST_KIND else x, saved["optimizer"])
-        self._state = TrainState(jnp.asarray(step, jnp.int32), saved["adapter"], optimizer)
+        self._state = TrainState(jnp.asarray(step, jnp.int32), saved["adapter"], saved["optimizer"])
         self._loader.set_state(saved["data"])
         self.step, self._resumed = step, True
 

@@ -72,6 +72,9 @@ def test_memory_kind_follows_what_is_asked_for(tmp_path, saved_kind, asked_kind)
     result = store.restore(1, adapter_like=adapter, optimizer_like=like)["optimizer"]
     assert_same(result, optimizer)
     assert {leaf.sharding for leaf in jax.tree.leaves(result)} == {place[asked_kind]}
+    # What tracing sees, too: a paged step refuses to mix memory spaces.
+    space = jax.memory.Space.Host if asked_kind == "pinned_host" else jax.memory.Space.Device
+    assert {jax.typeof(leaf).memory_space for leaf in jax.tree.leaves(result)} == {space}
 
 
 def test_shardings_follow_what_is_asked_for(tmp_path):
