@@ -39,7 +39,7 @@ struct ProductShape {
 // At most 99 KB each, which every GPU from sm_80 on can give to a block. Few tokens: warps divide the contraction, each
 // streams its own weights. Many: warps divide the output features and share the activations.
 constexpr ProductShape kProductShapes[] = {
-    {8, 1, 4, 4, 4}, {16, 1, 4, 4, 3}, {32, 2, 4, 2, 3}, {64, 4, 2, 1, 4}, {128, 4, 2, 1, 3},
+    {8, 1, 4, 4, 4}, {16, 1, 4, 4, 3}, {32, 4, 2, 1, 5}, {64, 4, 2, 1, 4}, {128, 4, 2, 1, 3},
 };
 
 constexpr ProductShape ShapeForTokens(int tokens) {
