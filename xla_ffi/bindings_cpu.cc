@@ -1,28 +1,20 @@
 // qlora_jax._lib._cpu: hands the CPU handlers to Python.
 #include <pybind11/pybind11.h>
 
-#include <type_traits>
-
+#include "capsule.h"
 #include "cpu/dispatch.h"
 #include "cpu/handlers.h"
 #include "nf4.h"
-#include "xla/ffi/api/c_api.h"
 
 namespace py = pybind11;
 
 namespace {
 
-template <typename Handler>
-py::capsule Capsule(Handler* handler) {
-  static_assert(std::is_invocable_r_v<XLA_FFI_Error*, Handler, XLA_FFI_CallFrame*>, "an XLA FFI handler is needed");
-  return py::capsule(reinterpret_cast<void*>(handler));
-}
-
 py::dict Registrations() {
   qlora_jax::BestInstructionSet();  // a wrong QLORA_JAX_ISA is reported here, not in the middle of a computation
   py::dict targets;
-  targets["qlora_jax_nf4_matmul"] = Capsule(qlora_jax::Nf4Matmul);
-  targets["qlora_jax_nf4_matmul_dx"] = Capsule(qlora_jax::Nf4MatmulDx);
+  targets["qlora_jax_nf4_matmul"] = qlora_jax::Capsule(qlora_jax::Nf4Matmul);
+  targets["qlora_jax_nf4_matmul_dx"] = qlora_jax::Capsule(qlora_jax::Nf4MatmulDx);
   return targets;
 }
 
