@@ -73,7 +73,7 @@ class Atomics:
             if space == "shared":
                 address = (address - np.uint64(GENERIC_SHARED)).astype(np.int64)
         if space == "global":
-            offsets = self.global_memory.offsets(ix, address, nbytes, nbytes, pc, True)
+            offsets = self.global_memory.offsets(ix, address, nbytes, nbytes, pc, True, atomic=True)
             return offsets, self.global_memory.memory.views
         offsets = self.shared.offsets(lanes, address, nbytes, pc, True)
         self.shared.check_initialised(lanes, offsets, self.shared.granules(offsets, nbytes), pc)

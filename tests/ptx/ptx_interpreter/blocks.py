@@ -11,7 +11,7 @@ from .lanes import Lanes
 from .mbarriers import Mbarriers
 from .memory import DeviceMemory, GenericMemory, GlobalMemory, LocalMemory
 from .ptx_types import UNSIGNED
-from .races import Clocks
+from .races import BlockHistory, Clocks
 from .reports import Reports
 from .scheduler import Scheduler
 from .shared_memory import SharedMemory
@@ -32,11 +32,12 @@ class BlockGroup:
         shared_bytes: int,
         reports: Reports,
         counters: Counters | None,
-        races: bool,
+        history: BlockHistory | None,
         rng: np.random.Generator | None,
         max_steps: int,
     ):
         self.lanes, self._parameters = lanes, parameters
+        races = history is not None
         number = compiled.kernel.register_count
         halves = np.full((max(number["h"], 1), lanes.count), 0xFFFF, np.uint16)
         words = np.full((max(number["w"], 1), lanes.count), 0xFFFFDEAD, np.uint32)
@@ -51,7 +52,7 @@ class BlockGroup:
         self.symbols = memory.symbols(compiled.kernel.module)
         self.clocks = Clocks(lanes)
         self.scheduler = Scheduler(compiled.blocks, lanes, reports, rng, max_steps)
-        self.global_memory = GlobalMemory(memory, lanes, reports, counters)
+        self.global_memory = GlobalMemory(memory, lanes, reports, counters, history)
         self.shared = SharedMemory(shared_bytes, compiled.granule_shift, lanes, self.clocks, reports, counters, races)
         self.local = LocalMemory(compiled.local_bytes, lanes, reports)
         self.generic = GenericMemory(self.global_memory, self.shared, self.local, lanes)

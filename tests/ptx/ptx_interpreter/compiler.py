@@ -46,13 +46,15 @@ class BasicBlock:
 
 @dataclass(slots=True)
 class CompiledKernel:
-    """`granule_shift`: log2 of the granule that shared memory's state is kept for, the narrowest store or 4 bytes."""
+    """`granule_shift`, `global_shift`: log2 of the granule that the state of shared and of global memory is kept for,
+    the kernel's narrowest store or 4 bytes."""
 
     kernel: Kernel
     blocks: list[BasicBlock]
     source: str
     local_bytes: int
     granule_shift: int
+    global_shift: int
     wgmma_results: set[int] = field(default_factory=set)
     wgmma_fragments: set[int] = field(default_factory=set)
 
@@ -72,11 +74,11 @@ def _wants_whole_warps(instruction: Instruction) -> bool:
     return parts[0] in _MASKED and instruction.arguments[-1] in _FULL_MASK
 
 
-def _granule_shift(kernel: Kernel) -> int:
+def _granule_shift(kernel: Kernel, other_spaces: str) -> int:
     widths = [
         BYTES[instruction.parts[-1]]
         for instruction in kernel.instructions
-        if instruction.parts[0] == "st" and not re.search("global|local", instruction.opcode)
+        if instruction.parts[0] == "st" and not re.search(other_spaces, instruction.opcode)
     ]
     return {1: 0, 2: 1}.get(min(widths, default=4), 2)
 
@@ -98,9 +100,16 @@ class _Compiler(ArithmeticCodegen, ConversionCodegen, MemoryCodegen, WarpCodegen
         for index, block in enumerate(blocks):
             block.function = namespace[f"block{index}"]
             block.wait = namespace.get(f"wait{index}")
-        shift = _granule_shift(self.kernel)
-        results, fragments = self.wgmma_results, self.wgmma_fragments
-        return CompiledKernel(self.kernel, blocks, source, self.local_bytes, shift, results, fragments)
+        return CompiledKernel(
+            self.kernel,
+            blocks,
+            source,
+            self.local_bytes,
+            _granule_shift(self.kernel, "global|local"),
+            _granule_shift(self.kernel, "shared|local"),
+            self.wgmma_results,
+            self.wgmma_fragments,
+        )
 
     def _leaders(self, instructions: list[Instruction]) -> list[int]:
         leaders = {0, *self.kernel.labels.values()}

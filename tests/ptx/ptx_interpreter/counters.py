@@ -44,16 +44,19 @@ class Counters:
         statistics[1] += wavefronts
         statistics[2] += ideal
 
-    def count_global(self, pc: int, warps: np.ndarray, offsets: np.ndarray, nbytes: int, align: int) -> None:
-        sectors = (warps << 40) + (offsets >> 5)
-        if nbytes > 32 or align != nbytes:
-            sectors = np.concatenate([sectors, (warps << 40) + ((offsets + nbytes - 1) >> 5)])
-        distinct = len(np.unique((warps << 40) + offsets)) * nbytes
+    def count_global(self, pc: int, warps: np.ndarray, offsets: np.ndarray, nbytes) -> None:
+        """`nbytes` is a number, or one per lane. The ideal number of sectors is that of the distinct bytes."""
+        nbytes = np.broadcast_to(nbytes, offsets.shape)
+        first, last = offsets >> 5, (offsets + nbytes - 1) >> 5
+        longest = int((last - first).max())
+        sectors = first[:, None] + np.arange(longest + 1) if longest else first[:, None]
+        sectors = (warps[:, None] << 40) + np.minimum(sectors, last[:, None])
+        _, distinct = np.unique((warps << 40) + offsets, return_index=True)
         statistics = self.global_[pc]
         statistics[0] += len(np.unique(warps))
         statistics[1] += len(np.unique(sectors))
-        statistics[2] += -(-distinct // 32)
-        statistics[3] += len(offsets) * nbytes
+        statistics[2] += -(-int(nbytes[distinct].sum()) // 32)
+        statistics[3] += int(nbytes.sum())
 
     def conflicts(self) -> int:
         return sum(wavefronts - ideal for _, wavefronts, ideal in self.shared.values())

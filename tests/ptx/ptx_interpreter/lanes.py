@@ -37,6 +37,7 @@ class Lanes:
         self.exited = self.tid >= threads
         width, height, _ = block
         position = np.array(blocks)
+        self.block_number = (1 + position @ np.array([1, grid[0], grid[0] * grid[1]]))[self.slot]
         varying = {
             "tid.x": self.tid % width,
             "tid.y": self.tid // width % height,

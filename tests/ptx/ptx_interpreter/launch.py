@@ -13,7 +13,8 @@ from .counters import Counters, class_totals
 from .lanes import Lanes
 from .memory import DeviceMemory
 from .parser import Kernel, Module, Parameter
-from .ptx_types import MAX_SHARED_BYTES, SHARED_BASE, PTXError
+from .ptx_types import SHARED_BASE, SHARED_LIMIT, PTXError
+from .races import BlockHistory
 from .reports import KINDS, Reports
 
 Size = int | Sequence[int]
@@ -98,13 +99,17 @@ class Launch:
             raise PTXError(f"{name}: {threads} threads, more than .maxntid")
         addresses, static = _shared_layout(self.kernel)
         self.dynamic_bytes, self.shared_bytes = smem, static + smem
-        if self.shared_bytes > MAX_SHARED_BYTES:
-            raise PTXError(f"{name}: {self.shared_bytes} bytes of shared memory")
+        limit = SHARED_LIMIT.get(module.target.rstrip("af"), max(SHARED_LIMIT.values()))
+        if self.shared_bytes > limit:
+            raise PTXError(f"{name}: {self.shared_bytes} bytes of shared memory, {module.target} has {limit} per block")
         self.compiled = self._compile(addresses)
         self._parameters = _parameter_bytes(self.kernel, args)
         self._findings = Reports(self.kernel, KINDS if fatal == "all" else tuple(fatal))
         self.counters = Counters()
-        self._races, self._profile, self._max_steps = races, profile, max_steps
+        self._profile, self._max_steps = profile, max_steps
+        self.memory.symbols(module)  # laid out before the history is sized
+        shift = self.compiled.global_shift
+        self._history = BlockHistory(self.memory.used, shift, self._findings) if races else None
         self._smem_init, self._mbar_init = smem_init, mbar_init or {}
         self._rng = None if seed is None else np.random.default_rng(seed)
         self._warp_runs = np.zeros(len(self.compiled.blocks), np.int64)
@@ -147,7 +152,7 @@ class Launch:
             self.shared_bytes,
             self._findings,
             self.counters if self._profile else None,
-            self._races,
+            self._history,
             self._rng,
             self._max_steps,
         )

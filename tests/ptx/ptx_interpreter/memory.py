@@ -6,6 +6,7 @@ from .counters import Counters
 from .lanes import Lanes, LaneSet
 from .parser import Module
 from .ptx_types import GENERIC_LOCAL, GENERIC_SHARED, GLOBAL_BASE, UNSIGNED
+from .races import BlockHistory
 from .reports import Reports
 
 
@@ -33,6 +34,11 @@ class DeviceMemory:
         self.valid[offset : offset + nbytes] = True
         return GLOBAL_BASE + offset
 
+    @property
+    def used(self) -> int:
+        """How many bytes of the arena lie before its free end."""
+        return self._top
+
     def upload(self, array) -> int:
         """The device address of a copy of `array`."""
         raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -56,11 +62,32 @@ class DeviceMemory:
 class GlobalMemory:
     """Global and constant accesses of the lanes that run together."""
 
-    def __init__(self, memory: DeviceMemory, lanes: Lanes, reports: Reports, counters: Counters | None):
-        self.memory, self.lanes, self.reports, self.counters = memory, lanes, reports, counters
+    def __init__(
+        self,
+        memory: DeviceMemory,
+        lanes: Lanes,
+        reports: Reports,
+        counters: Counters | None,
+        history: BlockHistory | None,
+    ):
+        self.memory, self.lanes, self.reports = memory, lanes, reports
+        self.counters, self.history = counters, history
 
-    def offsets(self, ix: LaneSet, address: np.ndarray, nbytes, align: int, pc: int, write: bool, count=True):
-        """Arena offsets of the lanes' accesses of `nbytes` (a number, or one per lane). Stops the run on a bad one."""
+    def offsets(
+        self,
+        ix: LaneSet,
+        address: np.ndarray,
+        nbytes,
+        align: int,
+        pc: int,
+        write: bool,
+        atomic: bool = False,
+        constant: bool = False,
+    ) -> np.ndarray:
+        """Arena offsets of the lanes' accesses of `nbytes` (a number, or one per lane). Stops the run on a bad one.
+
+        Blocks may meet in `atomic` accesses; `constant` ones have no sectors.
+        """
         offset = (address - np.uint64(GLOBAL_BASE)).astype(np.int64)
         last = offset + nbytes - 1
         bad = (offset < 0) | (last >= self.memory.buffer.size)
@@ -77,8 +104,12 @@ class GlobalMemory:
             self.reports.fail(pc, f"global {kind} out of bounds: {where}, {size} bytes")
         if (offset & (align - 1)).any():
             self.reports.fail(pc, f"misaligned global access ({align} bytes)")
-        if self.counters is not None and count and np.isscalar(nbytes):
-            self.counters.count_global(pc, self.lanes.indices(ix) >> 5, offset, nbytes, align)
+        if constant:
+            return offset
+        if self.counters is not None:
+            self.counters.count_global(pc, self.lanes.indices(ix) >> 5, offset, nbytes)
+        if self.history is not None and not atomic:
+            self.history.note(self.lanes.block_number[self.lanes.indices(ix)], offset, nbytes, pc, write)
         return offset
 
     def load(self, ix: LaneSet, address: np.ndarray, size: int, number: int, pc: int) -> np.ndarray:
@@ -87,7 +118,7 @@ class GlobalMemory:
 
     def load_constant(self, ix: LaneSet, address: np.ndarray, size: int, number: int, pc: int) -> np.ndarray:
         """As `load`, without sectors: the constant cache has none."""
-        offset = self.offsets(ix, address, size * number, size * number, pc, False, count=False)
+        offset = self.offsets(ix, address, size * number, size * number, pc, False, constant=True)
         return self._gather(offset, size, number)
 
     def _gather(self, offset: np.ndarray, size: int, number: int) -> np.ndarray:

@@ -7,7 +7,12 @@ GLOBAL_BASE = 0x10_0000_0000
 GENERIC_LOCAL = 0x7E00_0000_0000
 GENERIC_SHARED = 0x7F00_0000_0000
 END = 1 << 60  # a program counter behind every basic block
-MAX_SHARED_BYTES = 227 * 1024
+# The most shared memory that a block may have, by target (CUDA C++ programming guide, compute capabilities).
+SHARED_LIMIT = {
+    **dict.fromkeys(("sm_86", "sm_89", "sm_120"), 99 * 1024),
+    **dict.fromkeys(("sm_80", "sm_87"), 163 * 1024),
+    **dict.fromkeys(("sm_90", "sm_100", "sm_103"), 227 * 1024),
+}
 
 BYTES = {
     "pred": 1,

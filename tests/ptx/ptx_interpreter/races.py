@@ -1,4 +1,5 @@
-"""Data races in shared memory: a vector clock per warp (and one for the asynchronous engine), a history per granule."""
+"""Data races. In shared memory: a vector clock per warp (and one for the asynchronous engine), a history per granule.
+In global memory: between blocks only, which nothing but atomics orders during a launch."""
 
 import numpy as np
 
@@ -117,3 +118,43 @@ class AccessHistory:
         index = where[0]
         place = f"tid {self.lanes.tid[lanes[index]]}, shared offset {self._inside(lanes, offsets, index)}"
         self.reports.report(kind, pc, f"{place}; {self._last_writer(granules[tuple(where)])}")
+
+
+class BlockHistory:
+    """Which block last wrote and read each granule of the arena during a launch; blocks count from 1, 0 is none.
+
+    A kernel that orders its blocks with flags in global memory would be accused wrongly: none of ours does.
+    """
+
+    def __init__(self, nbytes: int, shift: int, reports: Reports):
+        self.shift, self.reports = shift, reports
+        self._writer = np.zeros((nbytes >> shift) + 1, np.int32)
+        self._writer_pc = np.zeros((nbytes >> shift) + 1, np.int32)
+        self._reader = np.zeros((nbytes >> shift) + 1, np.int32)
+
+    def note(self, blocks: np.ndarray, offsets: np.ndarray, nbytes, pc: int, write: bool) -> None:
+        """Checks and records accesses of `nbytes` (a number, or one per lane)."""
+        first, last = offsets >> self.shift, (offsets + nbytes - 1) >> self.shift
+        granules = np.minimum(first[:, None] + np.arange((last - first).max() + 1), last[:, None])
+        blocks = np.broadcast_to(blocks[:, None], granules.shape)
+        writer = self._writer[granules]
+        other = (writer != 0) & (writer != blocks)
+        if other.any():
+            index = tuple(np.argwhere(other)[0])
+            pair = f"block {blocks[index] - 1} {'writes' if write else 'reads'} what block {writer[index] - 1} wrote"
+            origin = self._writer_pc[granules[index]]
+            message = f"{pair} at PTX #{origin} ({self.reports.text(origin)})"
+            self.reports.report("race-between-blocks", pc, message)
+        if not write:
+            self._reader[granules] = blocks
+            return
+        reader = self._reader[granules]
+        other = (reader != 0) & (reader != blocks)
+        if other.any():
+            index = tuple(np.argwhere(other)[0])
+            message = f"block {blocks[index] - 1} writes what block {reader[index] - 1} has read"
+            self.reports.report("race-between-blocks", pc, message)
+        self._writer[granules] = blocks
+        self._writer_pc[granules] = pc
+        if (self._writer[granules] != blocks).any():
+            self.reports.report("race-between-blocks", pc, "two blocks write one place in one instruction")
