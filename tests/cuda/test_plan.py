@@ -126,8 +126,7 @@ def test_launches_keep_to_the_limits_of_cuda_and_to_their_buffers(drawn):
 def test_a_contraction_is_split_where_a_device_would_stand_idle(drawn):
     problem, multiprocessors = drawn
     splits = problem["splits"]
-    (tile,) = {name.rsplit("_t", 1)[1] for name in (_plan.plan(**problem)["launches"][0]["kernel"],)}
-    tile = SHAPES[int(tile)]
+    tile = SHAPES[int(_plan.plan(**problem)["launches"][0]["kernel"].rsplit("_t", 1)[1])]
     forward = problem["operation"] == "forward"
     outputs = problem["out_features" if forward else "in_features"]
     steps = -(-problem["in_features" if forward else "out_features"] // 64)
@@ -141,8 +140,17 @@ def test_a_contraction_is_split_where_a_device_would_stand_idle(drawn):
 
 @pytest.mark.parametrize(
     ("tokens", "route", "tile"),
-    [(1, "skinny", 8), (8, "skinny", 8), (9, "skinny", 16), (17, "skinny", 32), (33, "skinny", 64)]
-    + [(64, "skinny", 64), (65, "skinny", 64), (1, "tile", 128), (1000, "tile", 128)],
+    [
+        (1, "skinny", 8),
+        (8, "skinny", 8),
+        (9, "skinny", 16),
+        (17, "skinny", 32),
+        (33, "skinny", 64),
+        (64, "skinny", 64),
+        (65, "skinny", 64),
+        (1, "tile", 128),
+        (1000, "tile", 128),
+    ],
 )
 def test_the_smallest_tile_that_holds_the_tokens(tokens, route, tile):
     plan = _plan.plan("forward", route=route, tokens=tokens, in_features=128, out_features=128)
