@@ -79,7 +79,10 @@ class AccessHistory:
 
     def note_write(self, lanes: np.ndarray, granules: np.ndarray, pc: int) -> None:
         warps = lanes >> 5
-        self.writer[granules] = self.clocks.local[warps][:, None]
+        own = self.clocks.local[warps][:, None]
+        self.writer[granules] = own
+        if (self.writer[granules] != own).any():
+            self.reports.report("race-write-after-write", pc, "two warps write one place in one instruction")
         self.writer_clock[granules] = self.clocks.own(warps)[:, None]
         self.writer_lane[granules] = (lanes & 31)[:, None]
         self.writer_pc[granules] = pc
