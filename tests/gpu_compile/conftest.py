@@ -5,6 +5,7 @@ memories), lowered for "cuda", and given to the compile-only client of a topolog
 executed. jax has no public way to do this; the private names used here are the same in jax 0.10.2, 0.11.2 and 0.12.0.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +20,7 @@ from jax._src.lib import xla_client
 from jax.experimental import topologies
 
 TARGET = Path(__file__).parent / "h100.txtpb"
+sys.path.append(str(Path(__file__).parent))  # the rooms beside this file, which scripts import too
 
 
 @dataclass(frozen=True)
