@@ -6,6 +6,7 @@ from typing import Any
 
 from kernel_gates.architectures import blocks_per_multiprocessor
 from kernel_gates.compilation import Built
+from kernel_gates.sass import Instruction
 from qlora_jax._lib import _plan
 
 _KINDS = {
@@ -47,6 +48,15 @@ def kind(opcode: str) -> str:
     return next((name for name, opcodes in _KINDS.items() if opcode in opcodes), "integer")
 
 
+def shared_clocks(instruction: Instruction) -> int:
+    """Clocks of shared memory, 128 bytes each, that an instruction of a whole warp takes if no banks collide."""
+    if instruction.opcode == "LDSM":
+        return int(re.search(r"M88\.(\d)", instruction.modifiers + ".M88.1")[1])
+    if instruction.opcode in ("LDS", "STS", "LDGSTS"):
+        return 4 if ".128" in instruction.modifiers else 2 if ".64" in instruction.modifiers else 1
+    return 0
+
+
 def product_shape(name: str) -> dict[str, int] | None:
     """Sizes of a fused product's blocks, as the launch plans know them; None for another kernel."""
     found = re.search(r"_t(\d+)$", name)
@@ -61,7 +71,7 @@ def measure(name: str, built: Built, architecture: str) -> dict[str, Any]:
     Returns:
       registers; shared (bytes, static and dynamic); threads; blocks: resident on a multiprocessor at once;
       instructions: of the whole kernel; path: on the main path (see Kernel.main_path); per_weight: those that a lane
-      issues for each weight (0: no weights); kinds: path by kind.
+      issues for each weight (0: no weights); shared_clocks: of path, by one warp; kinds: path by kind.
     """
     shape = product_shape(name)
     path = built.kernel.main_path()
@@ -80,5 +90,6 @@ def measure(name: str, built: Built, architecture: str) -> dict[str, Any]:
         "instructions": len(built.kernel.instructions),
         "path": len(path),
         "per_weight": round(len(path) / weights, 2) if weights else 0,
+        "shared_clocks": sum(map(shared_clocks, path)),
         "kinds": dict(sorted(counts.items())),
     }
