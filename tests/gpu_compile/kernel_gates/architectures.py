@@ -56,7 +56,8 @@ class GPU:
       bandwidth: bytes per second.
       reached_bandwidth: part of it that long streams get.
       mma_clocks: clocks in which a quarter of a multiprocessor does one mma.sync m16n8k16 of 16-bit operands. On the
-        H100 mma.sync reaches 62 % of the peak, which wgmma alone reaches.
+        H100 mma.sync reaches 62 % of the peak, which wgmma alone reaches; on the A100 it is what cuBLAS uses, and gets
+        the same part of the peak.
       floor: dense 16-bit FLOP/s that no program exceeds, clocks under load considered.
       library: FLOP/s that cuBLAS gets from large products: on the H100 as published (650 to 716 TFLOP/s for 2048 to
         16384 rows), on the A100 an estimate.
@@ -76,5 +77,5 @@ class GPU:
 # m16n8k16 is 2048 multiply-adds; a quarter of an H100's multiprocessor does 512 in a clock, of an A100's 256.
 GPUS = {
     "H100": GPU("90a", "9.0", 132, 1.83e9, 3.35e12, 0.87, 2048 / 512 / 0.62, 800e12, 680e12),
-    "A100": GPU("80", "8.0", 108, 1.41e9, 2.04e12, 0.87, 2048 / 256, 312e12, 250e12),
+    "A100": GPU("80", "8.0", 108, 1.41e9, 2.04e12, 0.87, 2048 / 256 / 0.8, 312e12, 250e12),
 }
