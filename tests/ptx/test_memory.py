@@ -79,7 +79,7 @@ def test_global_bounds_and_alignment(lanewise):
     with pytest.raises(PTXError, match=r"misaligned global access \(4 bytes\)"):
         lanewise(GLOBAL + "ld.global.u32 %d, [%y1+2];", {"d": np.uint32}, a=np.arange(40, dtype=np.uint32), threads=32)
     with pytest.raises(PTXError, match=r"misaligned global access \(16 bytes\)"):
-        lanewise(GLOBAL + "ld.global.v4.u32 {%d,_,_,_}, [%y1];", {"d": np.uint32}, a=A)
+        lanewise(GLOBAL + "ld.global.v4.u32 {%d,_,_,_}, [%y1];", {"d": np.uint32}, a=A, threads=16)
     with pytest.raises(PTXError, match="out of bounds"):  # an address nobody computed
         lanewise("ld.global.u32 %d, [%y5];", {"d": np.uint32}, a=A)
 
@@ -115,7 +115,7 @@ def test_vectors_and_narrow_types(lanewise):
 
 def test_uninitialised_shared_memory(lanewise):
     body = SHARED + "setp.lt.u32 %p1, %thread, 20; @%p1 st.shared.u32 [%x1], %a; ld.shared.u32 %d, [%x1];"
-    with pytest.raises(PTXError, match="uninitialised-read .* tid 20 reads shared offset 80 never written"):
+    with pytest.raises(PTXError, match=r"uninitialised-read .* tid 20 reads shared offset 80 never written"):
         lanewise(body, {"d": np.uint32}, a=A, shared=128)
     _, launch = lanewise(body, {"d": np.uint32}, a=A, shared=128, options={"fatal": ()})
     assert [kind for kind, _ in launch.reports] == ["uninitialised-read"]
@@ -139,10 +139,10 @@ def test_write_after_write_between_warps(lanewise):
     """One after the other, and side by side in one instruction."""
     a = np.arange(64, dtype=np.uint32)
     body = "mov.u32 %x1, smem; and.b32 %x2, %thread, 31; mad.lo.u32 %x1, %x2, 4, %x1; mov.u32 %d, 0;"
-    with pytest.raises(PTXError, match="race-write-after-write"):
+    with pytest.raises(PTXError, match=r"race-write-after-write"):
         lanewise(body + "st.shared.u32 [%x1], %a;", {"d": np.uint32}, a=a, shared=256)
     after = "setp.lt.u32 %p1, %thread, 32; @%p1 st.shared.u32 [%x1], %a; {0} @!%p1 st.shared.u32 [%x1], %a;"
-    with pytest.raises(PTXError, match="race-write-after-write .* last written by warp 0 lane 0"):
+    with pytest.raises(PTXError, match=r"race-write-after-write .* last written by warp 0 lane 0"):
         lanewise(body + after.format(""), {"d": np.uint32}, a=a, shared=256)
     lanewise(body + after.format("bar.sync 0;"), {"d": np.uint32}, a=a, shared=256)
 
@@ -153,9 +153,9 @@ def test_blocks_must_not_meet_in_global_memory(lanewise):
     written = everywhere + "st.global.u32 [%y1], %thread; mov.u32 %d, 0;"
     for lanes in (32, 64):  # one block after the other, and side by side
         options = {"options": {"fatal": "all", "lanes": lanes}}
-        with pytest.raises(PTXError, match="race-between-blocks.*block 1 writes what block 0"):
+        with pytest.raises(PTXError, match=r"race-between-blocks.*block 1 writes what block 0"):
             lanewise(written, {"d": np.uint32}, a=a, blocks=2, **options)
-        with pytest.raises(PTXError, match="race-between-blocks"):
+        with pytest.raises(PTXError, match=r"race-between-blocks"):
             read = "setp.eq.u32 %p1, %ctaid.x, 0; @%p1 st.global.u32 [%y1+128], %thread; mov.u32 %d, 0;"
             lanewise(everywhere + read, {"d": np.uint32}, a=a, blocks=2, **options)
         shared_read = everywhere + "ld.global.u32 %d, [%y1];"

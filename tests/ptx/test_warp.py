@@ -103,7 +103,7 @@ def test_matrix_rows_must_be_aligned_and_lanes_complete(lanewise):
     load = "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%d}, [%x1];"
     with pytest.raises(PTXError, match=r"misaligned shared access \(16 bytes\)"):
         lanewise(FILL + "add.u32 %x1, %x1, 8;" + load, {"d": np.uint32}, shared=1024, **inputs)
-    with pytest.raises(PTXError, match="aligned instruction without all 32 lanes|only part of a warp"):
+    with pytest.raises(PTXError, match=r"aligned instruction without all 32 lanes|only part of a warp"):
         lanewise(FILL + "setp.lt.u32 %p1, %thread, 16; @%p1 " + load, {"d": np.uint32}, shared=512, **inputs)
 
 

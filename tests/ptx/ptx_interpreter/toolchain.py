@@ -24,7 +24,7 @@ PACKAGES = (
     "nvidia-cuda-runtime==13.0.*",
     "nvidia-cuda-cccl==13.0.*",
 )
-FLAGS = ("-O3", "-std=c++17")
+FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr")  # as xla_ffi builds its kernels
 _INCLUDE = re.compile(r'^\s*#\s*include\s*["<]([^">]+)[">]', re.M)
 
 
