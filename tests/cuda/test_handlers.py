@@ -174,6 +174,17 @@ def test_a_shard_passes_the_row_blocks_of_the_whole():
     assert launch["arguments"][10] == ("int64", 24)
 
 
+def test_more_tokens_than_a_grid_holds_take_two_launches():
+    first = 65535 * 64
+    dy = jnp.zeros((first + 1, 1), jnp.bfloat16).at[first, 0].set(1.0)  # bits 0x3f80
+    dx = product("dx", dy, 64, weight_operands(64, 1), attributes(64, route=0))
+    launches = _plan.take_record()
+    assert [launch["arguments"][13][1] for launch in launches] == [first, 1]
+    assert [launch["seen"][0] for launch in launches] == [0, 0x80]
+    dx = np.asarray(dx)
+    assert (first_byte(dx[0]), first_byte(dx[first])) == (1, 2)
+
+
 def test_empty_products_launch_nothing():
     numbers = attributes(128, route=0)
     assert product("forward", jnp.ones((0, 128), jnp.bfloat16), 64, weight_operands(128, 64), numbers).shape == (0, 64)

@@ -139,6 +139,29 @@ def test_a_contraction_is_split_where_a_device_would_stand_idle(drawn):
 
 
 @pytest.mark.parametrize(
+    ("operation", "tokens", "in_features", "out_features", "splits"),
+    [
+        ("forward", 8, 4096, 4096, 5),  # 64 tiles for 132 multiprocessors
+        ("forward", 8, 4096, 98 * 64, 3),
+        ("forward", 8, 4096, 99 * 64, 1),  # three quarters
+        ("dx", 8, 99 * 64, 4096, 1),
+        ("dx", 8, 64, 4096, 8),  # 64 steps for four groups of warps, two each
+        ("forward", 1, 576, 192, 1),  # 9 steps
+        ("forward", 16, 4096, 98 * 64, 3),
+    ],
+)
+def test_splits_of_known_shapes(operation, tokens, in_features, out_features, splits):
+    assert splits == _plan.splits(
+        operation,
+        route="skinny",
+        tokens=tokens,
+        in_features=in_features,
+        out_features=out_features,
+        multiprocessors=132,
+    )
+
+
+@pytest.mark.parametrize(
     ("tokens", "route", "tile"),
     [
         (1, "skinny", 8),
