@@ -83,8 +83,8 @@ class Kernel:
 
     def expected(self, x: np.ndarray, weight: PackedWeight) -> np.ndarray:
         """The product over the dequantized weight, in float64."""
-        dense = weight.dense(self.dtype).astype(np.float64)
-        return x.astype(np.float64) @ (dense if self.operation == "dx" else dense.T)
+        dense = weight.dense(self.dtype).astype(np.float32).astype(np.float64)
+        return x.astype(np.float32).astype(np.float64) @ (dense if self.operation == "dx" else dense.T)
 
     def check_random(
         self,

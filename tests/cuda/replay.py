@@ -33,18 +33,19 @@ def source_of(kernel: str) -> Path:
     return KERNELS / ("product_bf16.cu" if "_bf16_" in kernel else "product_f16.cu")
 
 
-def new_memory(*arrays: np.ndarray | int | None) -> DeviceMemory:
-    """Device memory with room for the arrays, for numbers of bytes, and for the kernels' tables."""
-    sizes = [array if isinstance(array, int) else array.nbytes for array in arrays if array is not None]
-    return DeviceMemory(sum(sizes) + 4096 * (len(sizes) + 16))
-
-
 @dataclasses.dataclass
 class Result:
     """What a plan left behind: the output, where every byte that nobody wrote is 0xFF, and the launches."""
 
     output: np.ndarray
     launches: list[Launch]
+
+
+def memory_for(weight: PackedWeight, *sizes: int) -> DeviceMemory:
+    """Room for the weight's operands, buffers of these sizes, the kernels' tables, and the gaps between them all."""
+    group_scales = 0 if weight.group_scales is None else weight.group_scales.nbytes
+    padded = weight.layers * (weight.out_features + 63) * (weight.in_features + 63) // 2
+    return DeviceMemory((padded + weight.absmax.nbytes + group_scales + sum(sizes) + 65536) // 4096 * 4096)
 
 
 def upload_weight(memory: DeviceMemory, weight: PackedWeight, layout: str, packed: np.ndarray | None) -> dict[str, int]:
@@ -105,7 +106,7 @@ def execute(
         ]
         name = launch["kernel"]
         module = (modules or {}).get(name) or kernel_module(source_of(name), architecture)
-        options = {"fatal": "all", "lanes": _LANES, **options}
+        options = {"fatal": "all", "lanes": _LANES, "profile": False, **options}
         launches.append(
             Launch(
                 module, name, launch["grid"], launch["block"], arguments, launch["shared_bytes"], memory,
@@ -141,12 +142,12 @@ def multiply(
       x_offset: numbers before x in its buffer.
       options: of `execute`.
     """
-    memory = DeviceMemory()
     outputs = weight.in_features if operation == "dx" else weight.out_features
     plan = _plan.plan(
         operation, route=route, layout="fragments", dtype=x.dtype.name, tokens=len(x), splits=splits,
         **weight_problem(weight),
     )  # fmt: skip
+    memory = memory_for(weight, x.nbytes, len(x) * outputs * 2, plan["partials_bytes"])
     addresses = upload_weight(memory, weight, "fragments", packed)
     buffer = np.concatenate([np.full(x_offset, np.nan, x.dtype), x.reshape(-1)])
     addresses["x"] = memory.upload(buffer.view(np.uint16)) + 2 * x_offset
@@ -160,11 +161,11 @@ def multiply(
 
 def dequantize(weight: PackedWeight, dtype: str, layout: str, **options: Any) -> Result:
     """Runs the plan that makes a dense [out, in] of `dtype`."""
-    memory = DeviceMemory()
     plan = _plan.plan("dequantize", layout=layout, dtype=dtype, **weight_problem(weight))
-    addresses = upload_weight(memory, weight, layout, None)
     shape = weight.out_features, weight.in_features
     storage = np.dtype(f"u{DTYPES[dtype].itemsize}")
+    memory = memory_for(weight, shape[0] * shape[1] * storage.itemsize)
+    addresses = upload_weight(memory, weight, layout, None)
     addresses["dense"] = memory.alloc(shape[0] * shape[1] * storage.itemsize)
     launches = execute(plan, addresses, memory, **options)
     return Result(memory.download(addresses["dense"], shape, storage).view(DTYPES[dtype]), launches)
