@@ -1,0 +1,1 @@
+"""What `python -m qlora_jax.doctor` looks at, and what it advises."""
