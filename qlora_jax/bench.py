@@ -1,340 +1,187 @@
-"""The timing door: `python -m qlora_jax.bench [kernels|demo] [--json] [--out FILE] [--quick]`.
+"""The timing door: `python -m qlora_jax.bench [kernels|demo] [--device cpu|gpu] [--out FILE] ...`.
 
-`kernels` times nf4_matmul and its input gradient, `demo` the training step of the demo. Each is timed beside its peers:
-"xla", the same product by dequantizing in pure JAX, and "dense", XLA's product with unpacked weights.
+`kernels` times nf4_matmul and its input gradient beside their peers, dequantization beside a copy, and says which bars
+hold; `demo` times the training step of the demo. The report is one JSON object:
+
+    benchmark, date, versions, platform, device, compute_capability, published (data sheet), dispatch, ...
+    results     kernels: one object for each product and direction: op ("forward" or "dx"), in, out, rows, dtype,
+                models, copies (weights rotated over), route (ours: "skinny", "tile", "dequantize", or "ffi", "xla"),
+                seconds of one product by way (median, low, high: quartiles), ratio (ours / way, from the same turns),
+                bitsandbytes (the way that is its own: "bnb_fused" or "bnb_dequantize"), floor_seconds (published
+                limits), bytes_per_second, flops_per_second, distance (from the dense result), errors by way
+    copy, dequantize    bytes moved in a second by a copy, and by dequantization of each shape
+    left_out    cases for which there was no time
+    bars        bar, least, cases, missed, worst, holds
 """
 
 import argparse
-import datetime
-import functools
-import itertools
+import difflib
 import json
 import os
-import platform
-import statistics
+import re
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from qlora_jax.errors import UserError
+from qlora_jax.training.console import prepare_console, report_fault, report_mistakes
 
 if TYPE_CHECKING:
-    import jax
-    from rich.table import Table
+    from qlora_jax.benchmarks.bitsandbytes import BitsAndBytes
+    from qlora_jax.benchmarks.kernels import Settings, Sweep
 
-    from qlora_jax.nf4 import NF4Tensor
+_HELP = "python -m qlora_jax.bench --help lists every option"
+_EXAMPLES = """\
+examples:
+  python -m qlora_jax.bench                                    the kernels of this machine's device, beside XLA
+  python -m qlora_jax.bench kernels --device cpu --shapes 4096x4096 --rows 1 128
+  python -m qlora_jax.bench kernels --bitsandbytes libbitsandbytes_cuda130.so --out h100.json
+  python -m qlora_jax.bench demo                               the demo's training step
 
-# (in, out) of the linears of SmolLM2-135M, and one of the size of LLaMA-7B's.
-SHAPES = ((576, 576), (576, 192), (576, 1536), (1536, 576), (4096, 4096))
-# Decoding one and sixteen sequences, a short prompt, and a step of the demo (8 rows of 96 tokens).
-ROWS = (1, 16, 128, 768)
-DTYPES = ("bfloat16", "float32")
-QUICK_SHAPES, QUICK_ROWS, QUICK_DTYPES = ((576, 192),), (1, 128), ("bfloat16",)
+Exit codes: 0 done (whether or not bars hold), 2 something you can mend, 130 interrupted, 1 anything else."""
+_DTYPES = {"cpu": ("bfloat16", "float32"), "gpu": ("bfloat16",)}
 
-# What the demo is run with: name, kernels, quant.type.
-_DEMO_RUNS = (("ffi", "ffi", "nf4"), ("xla", "xla", "nf4"), ("dense", "auto", "none"))
 
-# Calls of less than this many seconds are timed several at a time.
-_MIN_SECONDS = 0.005
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, fix=_HELP)
+
+    def check_names(self, arguments: Sequence[str]) -> None:
+        """Names the nearest option for an unknown one."""
+        for argument in arguments:
+            name = argument.partition("=")[0]
+            if name.startswith("--") and name not in self._option_string_actions:
+                close = difflib.get_close_matches(name, self._option_string_actions, n=1)
+                raise UserError(f"unknown option {name}", fix=f"did you mean {close[0]}?" if close else _HELP)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the door and returns its exit code: 0, or 2 for a user's mistake."""
-    options = _parser().parse_args(arguments)
+    """Runs the door and returns its exit code: 0, 2 (a user's mistake), 130 (interrupted), 1 (anything else)."""
+    prepare_console()
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        parser = _parser()
+        parser.check_names(given)
+        options = parser.parse_args(given)
         if options.out is not None:
             _check_out(options.out)
-        measure, table = (time_demo, demo_table) if options.what == "demo" else (time_kernels, kernels_table)
-        results = measure(quick=options.quick)
+        _demo(options) if options.what == "demo" else _kernels(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    report = {"benchmark": options.what, **describe(), "quick": options.quick, "results": results}
-    text = json.dumps(report, indent=2)
-    if options.out is not None:
-        options.out.write_text(text + "\n", encoding="utf-8")
-    if options.json:
-        print(text)
-    else:
-        from rich.console import Console
-
-        Console(width=None if sys.stdout.isatty() else 120).print(table(results))
+        return report_mistakes(error)
+    except KeyboardInterrupt:
+        print("interrupted; --out holds what was measured before", file=sys.stderr)
+        return 130
+    except Exception:
+        return report_fault()
     return 0
 
 
-def time_kernels(
-    *,
-    quick: bool = False,
-    shapes: Sequence[tuple[int, int]] | None = None,
-    rows: Sequence[int] | None = None,
-    dtypes: Sequence[str] | None = None,
-) -> list[dict[str, Any]]:
-    """Times both directions of nf4_matmul for every shape `(in, out)`, number of rows and dtype.
+def _demo(options: argparse.Namespace) -> None:
+    from qlora_jax.benchmarks.demo import time_demo
+    from qlora_jax.benchmarks.tables import demo_table
 
-    Returns:
-      For each case `op` ("forward" or "dx"), `in`, `out`, `rows`, `dtype`, `gflops` (of the compiled kernel), `seconds`
-      (by "ffi", "xla", "dense") and `ratio` (ours / peer, by peer), these with `median`, `low`, `high` (quartiles).
+    results = time_demo(quick=options.quick)
+    report = _head("demo", options) | {"results": results}
+    _write(options.out, report)
+    _show(report, [demo_table(results)], options)
+
+
+def _kernels(options: argparse.Namespace) -> None:
+    _choose_device(options.device)
+    from qlora_jax.benchmarks.bars import evaluate
+    from qlora_jax.benchmarks.kernels import check_kernels, run_sweep
+    from qlora_jax.benchmarks.tables import bars_table, kernels_table, memory_table
+
+    check_kernels()
+    report = _head("kernels", options)
+
+    def take(sweep: "Sweep") -> None:
+        measured = {name: getattr(sweep, name) for name in ("copy", "dequantize", "results", "left_out")}
+        report.update(measured)
+        report["bars"] = evaluate(report)
+        _write(options.out, report)
+
+    run_sweep(_settings(options, _peer(options.bitsandbytes)), take)
+    tables = [kernels_table(report["results"]), memory_table(report), bars_table(report["bars"], report["device"])]
+    _show(report, tables, options)
+
+
+def _settings(options: argparse.Namespace, peer: "BitsAndBytes | None") -> "Settings":
+    import jax
+
+    from qlora_jax.benchmarks import shapes
+    from qlora_jax.benchmarks.kernels import Settings
+
+    gpu = jax.default_backend() == "gpu"
+    usual = (
+        (shapes.QUICK_SHAPES, shapes.QUICK_ROWS)
+        if options.quick
+        else (shapes.gpu_shapes(), shapes.GPU_ROWS)
+        if gpu
+        else (shapes.cpu_shapes(), shapes.CPU_ROWS)
+    )
+    return Settings(
+        shapes=tuple(options.shapes or usual[0]),
+        rows=tuple(options.rows or usual[1]),
+        dtypes=("bfloat16",) if options.quick else _DTYPES["gpu" if gpu else "cpu"],
+        repeats=3 if options.quick else 7,
+        copy_bytes=2**20 if options.quick else 2**30 if gpu else 2**26,
+        bitsandbytes=peer,
+        seconds=60 * options.minutes,
+    )
+
+
+def _choose_device(device: str | None) -> None:
+    """Before JAX has looked for devices.
 
     Raises:
-      UserError: the compiled kernels are not there.
+      UserError: a GPU was asked for, and JAX finds none.
     """
     import jax
 
-    from qlora_jax.nf4 import kernel_report
-
-    status = kernel_report().get(jax.default_backend(), "not built")
-    if status != "loaded":
+    if device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    if device == "gpu" and jax.default_backend() != "gpu":
         raise UserError(
-            f"the compiled kernels for {jax.default_backend()} are not there: {status}",
-            why="there is nothing to compare with XLA",
-            fix="pip install --force-reinstall --no-deps .",
+            f"--device gpu, but JAX runs on {jax.default_backend()}",
+            why="it finds no CUDA GPU, or has no CUDA plugin",
+            fix="python -m qlora_jax.doctor says which",
         )
-    results = []
-    for in_features, out_features in shapes or (QUICK_SHAPES if quick else SHAPES):
-        for dtype in dtypes or (QUICK_DTYPES if quick else DTYPES):
-            weights = kernel_weights(in_features, out_features, dtype)
-            for m in rows or (QUICK_ROWS if quick else ROWS):
-                for op, programs in kernel_programs(weights, m).items():
-                    case = {"op": op, "in": in_features, "out": out_features, "rows": m, "dtype": dtype}
-                    print(" ".join(f"{key}={value}" for key, value in case.items()), file=sys.stderr)
-                    seconds = interleave(programs, repeats=3 if quick else 9)
-                    spreads = {name: spread(times) for name, times in seconds.items()}
-                    gflops = 2e-9 * m * in_features * out_features / spreads["ffi"]["median"]
-                    results.append({**case, "gflops": gflops, "seconds": spreads, "ratio": ratios(seconds)})
-    return results
 
 
-def kernel_weights(in_features: int, out_features: int, dtype: str) -> tuple["NF4Tensor", "jax.Array"]:
-    """A random weight in 4 bits, and unpacked `[in, out]`."""
-    import jax
-    import jax.numpy as jnp
+def _peer(path: Path | None) -> "BitsAndBytes | None":
+    if path is None:
+        return None
+    if not path.is_file():
+        raise UserError(f"--bitsandbytes {path} is no file", why="its shared library is meant", fix=_HELP)
+    from qlora_jax.benchmarks.bitsandbytes import BitsAndBytes
 
-    from qlora_jax.nf4 import dequantize, quantize
-
-    w = quantize(jax.random.normal(jax.random.key(0), (in_features, out_features), jnp.bfloat16))
-    return w, dequantize(w, dtype)
-
-
-def kernel_programs(
-    weights: tuple["NF4Tensor", "jax.Array"], m: int
-) -> dict[str, dict[str, Callable[[], "jax.Array"]]]:
-    """What is timed: for "forward" and "dx", by name ("ffi", "xla", "dense"), a call that waits for its result.
-
-    A call is a `functools.partial` of the compiled program and its operands.
-    """
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from qlora_jax.nf4 import nf4_matmul, use_kernels
-
-    w, matrix = weights
-    random = np.random.default_rng(0)
-    x, dy = (jnp.asarray(random.standard_normal((m, features)), matrix.dtype) for features in w.shape)
-    peers: dict[str, tuple[Callable[..., Any], Any]] = {
-        "ffi": (nf4_matmul, w),
-        "xla": (nf4_matmul, w),
-        "dense": (jnp.matmul, matrix),
-    }
-    programs: dict[str, dict[str, Callable[[], jax.Array]]] = {"forward": {}, "dx": {}}
-    for name, (product, weight) in peers.items():
-
-        def forward(x: "jax.Array", weight: Any, product: Callable[..., Any] = product) -> "jax.Array":
-            return product(x, weight)
-
-        def dx(dy: "jax.Array", weight: Any, product: Callable[..., Any] = product) -> "jax.Array":
-            # The product at 0 is not used, so XLA leaves it out.
-            return jax.vjp(lambda x: product(x, weight), jnp.zeros_like(x))[1](dy)[0]
-
-        with use_kernels("auto" if name == "dense" else name):
-            for op, function, operand in (("forward", forward, x), ("dx", dx, dy)):
-                compiled = jax.jit(function).lower(operand, weight).compile()
-                programs[op][name] = functools.partial(_run, compiled, operand, weight)
-    return programs
+    return BitsAndBytes(path)
 
 
-def _run(program: "jax.stages.Compiled", *operands: Any) -> "jax.Array":
-    return program(*operands).block_until_ready()
+def _head(what: str, options: argparse.Namespace) -> dict[str, Any]:
+    from qlora_jax.benchmarks.environment import describe
+
+    return {"benchmark": what, **describe(), "quick": options.quick}
 
 
-def time_demo(*, quick: bool = False) -> list[dict[str, Any]]:
-    """Times the demo's optimizer step: QLoRA with the compiled kernels, with XLA's, and 16-bit LoRA ("dense").
+def _write(path: Path | None, report: dict[str, Any]) -> None:
+    from qlora_jax.training.run_folder import write_atomically
 
-    The three run one after another (`quick`: ours alone), in folders of their own that are removed. The first step
-    compiles and is not counted.
-
-    Returns:
-      For each run `name`, `steps` counted, `seconds` of a step (`median`, `low`, `high`), and `ratio`, ours / this one.
-
-    Raises:
-      UserError: the demo's model cannot be fetched.
-    """
-    from qlora_jax.nf4 import use_kernels
-    from qlora_jax.training.demo import fetch_demo_model, write_demo_rows
-
-    steps = 3 if quick else 8
-    times = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        rows, _ = write_demo_rows(Path(scratch))
-        model = fetch_demo_model(lambda line: print(line, file=sys.stderr))
-        for name, kernels, quant_type in _DEMO_RUNS[:1] if quick else _DEMO_RUNS:
-            settings = {
-                "output_dir": str(Path(scratch) / name),
-                "model.path": str(model),
-                "quant.type": quant_type,
-                "data.path": str(rows),
-                "data.eval_split": 0,
-                "train.steps": steps + 1,
-                "eval.samples": 0,
-                "log.tensorboard": False,
-            }
-            print(f"demo, {name}: {steps + 1} steps", file=sys.stderr)
-            with use_kernels(kernels):
-                times[name] = _step_seconds(settings)
-    ours = statistics.median(times["ffi"])
-    return [
-        {"name": name, "steps": len(own), "seconds": spread(own), "ratio": ours / statistics.median(own)}
-        for name, own in times.items()
-    ]
+    if path is not None:
+        write_atomically(path, json.dumps(report, indent=2) + "\n")
 
 
-def _step_seconds(settings: Mapping[str, Any]) -> list[float]:
-    """Seconds of each optimizer step after the first, of the demo's configuration with other settings."""
+def _show(report: dict[str, Any], tables: Sequence[Any], options: argparse.Namespace) -> None:
+    if options.json:
+        print(json.dumps(report, indent=2))
+        return
     from rich.console import Console
 
-    from qlora_jax.training import demo
-    from qlora_jax.training.loop import run_training
-    from qlora_jax.training.progress import Progress
-    from qlora_jax.training.run_folder import RunFolder
-    from qlora_jax.training.settings import Setting, build_config, find_config, read_yaml
-
-    ends: list[float] = []
-
-    class Clock(Progress):
-        def step(self, step: int, **values: Any) -> None:
-            ends.append(time.perf_counter())
-            super().step(step, **values)
-
-    own = {key: Setting(value, "bench") for key, value in settings.items()}
-    config = build_config(read_yaml(find_config(demo.CONFIG)) | own)
-    folder = RunFolder(config.output_dir)
-    folder.create(config)
-    run_training(config, folder, progress=Clock(console=Console(file=sys.stderr)))
-    return [end - begin for begin, end in itertools.pairwise(ends)]
-
-
-def interleave(calls: Mapping[str, Callable[[], Any]], *, repeats: int) -> dict[str, list[float]]:
-    """Seconds of a call, `repeats` times for each, taken in turns: what disturbs the machine disturbs all alike."""
-    counts = {}
-    for name, call in calls.items():
-        began = time.perf_counter()
-        call()
-        counts[name] = max(1, round(_MIN_SECONDS / (time.perf_counter() - began)))
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            for _ in range(counts[name]):
-                call()
-            seconds[name].append((time.perf_counter() - began) / counts[name])
-    return seconds
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": median, "low": low, "high": high}
-
-
-def ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
-    """Ours / peer, for each peer, of times taken in the same turn."""
-    return {
-        peer: spread([ours / theirs for ours, theirs in zip(seconds["ffi"], times, strict=True)])
-        for peer, times in seconds.items()
-        if peer != "ffi"
-    }
-
-
-def kernels_table(results: Sequence[Mapping[str, Any]]) -> "Table":
-    """Times in milliseconds; ratios below 1 say that ours is faster."""
-    table = _table("nf4_matmul: ours / peer with quartiles, below 1: ours is faster")
-    for heading in ("op", "in x out", "rows", "dtype", "ms", "GFLOP/s", "/ xla", "/ dense"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for case in results:
-        table.add_row(
-            case["op"],
-            f"{case['in']} x {case['out']}",
-            str(case["rows"]),
-            case["dtype"],
-            f"{case['seconds']['ffi']['median'] * 1e3:.3f}",
-            f"{case['gflops']:.0f}",
-            *(_show_ratio(case["ratio"][peer]) for peer in ("xla", "dense")),
-        )
-    return table
-
-
-def demo_table(results: Sequence[Mapping[str, Any]]) -> "Table":
-    """One line per run."""
-    table = _table("a step of the demo: ours / peer, below 1: ours is faster")
-    names = {"ffi": "QLoRA, compiled kernels", "xla": "QLoRA, pure JAX", "dense": "16-bit LoRA"}
-    for heading in ("run", "steps", "s", "quartiles", "ours / this"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for run in results:
-        seconds = run["seconds"]
-        quartiles = f"{seconds['low']:.3f} to {seconds['high']:.3f}"
-        cells = str(run["steps"]), f"{seconds['median']:.3f}", quartiles, f"{run['ratio']:.2f}"
-        table.add_row(names[run["name"]], *cells)
-    return table
-
-
-def _table(title: str) -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    return Table(title=title, box=box.SIMPLE_HEAD)
-
-
-def _show_ratio(ratio: Mapping[str, float]) -> str:
-    return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
-
-
-def describe() -> dict[str, Any]:
-    """When, with what and on what the numbers were taken."""
-    import jax
-    import jaxlib
-
-    from qlora_jax import __version__
-
-    report: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {
-            "qlora_jax": __version__,
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "jaxlib": jaxlib.__version__,
-        },
-        "platform": jax.default_backend(),
-        "device": jax.devices()[0].device_kind,
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-    }
-    library = sys.modules.get("qlora_jax._lib._cpu")
-    if library is not None and jax.default_backend() == "cpu":
-        report["instruction_set"] = library.instruction_set()
-    return report
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for table in tables:
+        console.print(table)
 
 
 def _check_out(path: Path) -> None:
@@ -342,34 +189,90 @@ def _check_out(path: Path) -> None:
     if path.is_dir() or not path.parent.is_dir():
         what = "is a folder" if path.is_dir() else f"cannot be written: {path.parent} is no folder"
         raise UserError(f"--out {path} {what}", why="the report is one JSON file", fix="--out bench.json")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    # Written beside, then renamed.
+    if not os.access(path.parent, os.W_OK):
         raise UserError(f"--out {path} cannot be written", why="no permission", fix="--out bench.json")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _shape(text: str) -> tuple[int, int]:
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape: INxOUT, such as 4096x11008")
+    in_features, out_features = text.split("x")
+    return int(in_features), int(out_features)
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of rows: 1, 2, ...")
+    return int(text)
+
+
+def _minutes(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes")
+    return float(text)
+
+
+def _parser() -> _Parser:
     from qlora_jax import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m qlora_jax.bench",
-        description="Times the NF4 kernels, or the demo's training step, beside XLA.",
-        epilog="Exit codes: 0 done, 2 something you can mend, 1 anything else.",
+        description="Times the NF4 kernels, or the demo's training step, beside XLA, cuBLAS and bitsandbytes.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "what",
         nargs="?",
         choices=("kernels", "demo"),
         default="kernels",
-        help="kernels (default): nf4_matmul and its input gradient, every shape of SmolLM2-135M and 4096 x 4096, some "
-        "minutes; demo: the demo's optimizer step, which fetches its model the first time",
+        help="kernels (default): nf4_matmul and its input gradient; demo: the demo's optimizer step, which fetches its "
+        "model the first time",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON to FILE as well")
-    parser.add_argument(
+    add(
+        "--device",
+        choices=("cpu", "gpu"),
+        help="where the kernels run; default: JAX's own choice. The same code and the same JSON on both",
+    )
+    add(
+        "--shapes",
+        metavar="INxOUT",
+        nargs="+",
+        type=_shape,
+        help="weights; default: every linear of LLaMA 7B, 65B, 8B, 70B and 13B on a GPU, of SmolLM2-135M and one of "
+        "4096x4096 on a CPU",
+    )
+    add(
+        "--rows",
+        metavar="M",
+        nargs="+",
+        type=_positive,
+        help="rows of the activations; default: 1 to 16384 on a GPU, what tells most first; 1 to 768 on a CPU",
+    )
+    add(
+        "--minutes",
+        metavar="N",
+        type=_minutes,
+        default=9.0,
+        help="begin no case after so long (9); what was left out is counted in the report",
+    )
+    add(
+        "--bitsandbytes",
+        metavar="FILE",
+        type=Path,
+        help="bitsandbytes' libbitsandbytes_cuda130.so: its kernels and cuBLAS become peers (torch is not needed)",
+    )
+    add("--json", action="store_true", help="print JSON in place of the tables")
+    add("--out", type=Path, metavar="FILE", help="write the JSON to FILE as well, again after every case")
+    add(
         "--quick",
         action="store_true",
         help="one shape, few repeats, the demo without peers: a smoke test, not a measurement",
     )
-    parser.add_argument("--version", action="version", version=f"qlora_jax {__version__}")
+    add("--version", action="version", version=f"qlora_jax {__version__}")
     return parser
 
 

@@ -1,16 +1,22 @@
 """The timing door runs and reports; how fast anything is, no test says."""
 
+import importlib
 import io
 import json
 import math
 import shutil
 import string
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from qlora_jax import bench
+from qlora_jax.benchmarks import kernels, programs, shapes, tables
+from qlora_jax.benchmarks.shapes import Size
 from qlora_jax.nf4.kernels import MATMUL_DX_TARGET, MATMUL_TARGET
+
+TINY = ["kernels", "--device", "cpu", "--quick", "--shapes", "64x32", "--rows", "1", "3"]
 
 
 def check_spread(values):
@@ -21,6 +27,8 @@ def check_description(report):
     assert {"qlora_jax", "python", "jax", "jaxlib"} == report["versions"].keys()
     assert report["cpu"]
     assert report["cores"] >= 1
+    assert report["device"] == report["platform"] == "cpu"
+    assert report["dispatch"]["asked"] == "auto"
     assert report["instruction_set"] in ("portable", "avx2", "avx512", "avx512_bf16")
 
 
@@ -42,56 +50,124 @@ def tiny_llama(tmp_path, golden_dir):
     return model, rows
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    monkeypatch.setattr(bench, "QUICK_SHAPES", ((64, 32),))
-    monkeypatch.setattr(bench, "QUICK_ROWS", (1, 3))
-
-
-def test_kernels_as_json(tiny, tmp_path, capsys):
+def test_kernels_as_json(tmp_path, capsys):
     out = tmp_path / "bench.json"
-    assert bench.main(["kernels", "--quick", "--json", "--out", str(out)]) == 0
+    assert bench.main([*TINY, "--json", "--out", str(out)]) == 0
     report = json.loads(capsys.readouterr().out)
     assert json.loads(out.read_text()) == report
+    assert list(tmp_path.iterdir()) == [out]
     check_description(report)
+    assert report["left_out"] == 0
     cases = [(r["op"], r["in"], r["out"], r["rows"], r["dtype"]) for r in report["results"]]
     assert cases == [(op, 64, 32, m, "bfloat16") for m in (1, 3) for op in ("forward", "dx")]
     for result in report["results"]:
+        assert result["route"] == "ffi"
+        assert result["errors"] == {}
         assert result["seconds"].keys() == {"ffi", "xla", "dense"}
         assert result["ratio"].keys() == {"xla", "dense"}
-        assert result["gflops"] == pytest.approx(
-            2e-9 * result["rows"] * result["in"] * result["out"] / result["seconds"]["ffi"]["median"]
-        )
+        assert result["distance"].keys() == {"ffi", "xla"}
+        assert max(result["distance"].values()) < 1e-2
+        flops, own = 2 * result["rows"] * 64 * 32, result["seconds"]["ffi"]["median"]
+        assert result["flops_per_second"]["ffi"] == pytest.approx(flops / own)
+        moved = 64 * 32 * (0.5 + 1 / 64 + 1 / 4096) + 2 * result["rows"] * (64 + 32)
+        assert result["bytes_per_second"] == pytest.approx(moved / own)
         for spread in (*result["seconds"].values(), *result["ratio"].values()):
             check_spread(spread)
+    assert report["copy"]["bytes_per_second"] > 0
+    assert [(case["in"], case["out"]) for case in report["dequantize"]] == [(64, 32)]
+    assert report["dequantize"][0]["of_copy"] > 0
+    assert len(report["bars"]) == 10
+    assert {bar["holds"] for bar in report["bars"]} == {None}  # they are about an H100
 
 
-def test_kernels_as_a_table(tiny, capsys):
-    assert bench.main(["--quick"]) == 0
+def test_kernels_as_tables(capsys):
+    assert bench.main(TINY) == 0
     printed = capsys.readouterr().out
-    assert "64 x 32" in printed
-    assert "dx" in printed
+    for text in ("64 x 32", "dx", "ffi", "/ dense", "of a copy", "75 % of the published bandwidth", "not judged"):
+        assert text in printed
 
 
 def test_the_peers_are_other_programs_with_the_same_result():
-    programs = bench.kernel_programs(bench.kernel_weights(64, 32, "float32"), 3)
-    texts = {op: {name: call.args[0].as_text() for name, call in calls.items()} for op, calls in programs.items()}
+    size = Size(64, 32, 3)
+    weights = programs.make_weights(size.shape, "float32", copies=2)
     for op, target in (("forward", MATMUL_TARGET), ("dx", MATMUL_DX_TARGET)):
-        assert {name for name, text in texts[op].items() if f'"{target}"' in text} == {"ffi"}
-        ours, xla, dense = (call() for call in programs[op].values())
+        x = programs.make_activations(size, "float32")[op]
+        sources = {name: programs.packed_product(op, x, weights, name) for name in ("ffi", "xla")}
+        sources["dense"] = programs.dense_product(op, x, weights)
+        compiled = {name: source.compile() for name, source in sources.items()}
+        texts = {name: program.compiled.as_text() for name, program in compiled.items()}
+        # One call for each copy of the weight, none of them merged.
+        assert {name: text.count(f'"{target}"') for name, text in texts.items()} == {"ffi": 2, "xla": 0, "dense": 0}
+        # The forward product inside the gradient is left out.
+        assert op == "forward" or f'"{MATMUL_TARGET}"' not in texts["ffi"]
+        for program in compiled.values():
+            before = [result.unsafe_buffer_pointer() for result in program.results]
+            program.run(3)
+            assert [result.unsafe_buffer_pointer() for result in program.results] == before
+        ours = compiled["ffi"].last_result()
         assert ours.shape == ((3, 32) if op == "forward" else (3, 64))
-        for peer in (xla, dense):
-            assert abs(ours - peer).max() < 1e-4
-    # The forward product inside the gradient is left out.
-    assert f'"{MATMUL_TARGET}"' not in texts["dx"]["ffi"]
+        for peer in ("xla", "dense"):
+            assert np.abs(ours - compiled[peer].last_result()).max() < 1e-4
 
 
-def test_calls_are_timed_in_turns():
-    order = []
-    seconds = bench.interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=3)
-    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
-    turns = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
-    assert turns == ["a", "b"] * 4
+def test_a_wrong_result_is_an_error_of_its_case(monkeypatch):
+    honest = programs.packed_product
+
+    def wrong(op, x, weights, name):
+        return honest(op, x * 1.05 if name == "xla" else x, weights, name)
+
+    monkeypatch.setattr(kernels, "packed_product", wrong)
+    settings = kernels.Settings(((64, 32),), (2,), ("bfloat16",), repeats=2, copy_bytes=1024)
+    for case in kernels.run_sweep(settings).results:
+        assert case["errors"].keys() == {"xla"}
+        assert "away from the dense product's" in case["errors"]["xla"]
+
+
+def test_a_program_that_fails_leaves_its_error_and_the_others_go_on(monkeypatch):
+    def fail(op, x, weights):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(kernels, "dense_product", fail)
+    monkeypatch.setattr(kernels, "dequantized", lambda weights, name: fail("", None, weights))
+    settings = kernels.Settings(((64, 32),), (2,), ("bfloat16",), repeats=2, copy_bytes=1024)
+    sweep = kernels.run_sweep(settings)
+    for case in sweep.results:
+        assert case["errors"] == {"dense": "RuntimeError: no memory"}
+        assert case["seconds"].keys() == {"ffi", "xla"}
+    assert sweep.dequantize[0]["errors"] == {"ours": "RuntimeError: no memory"}
+    _shown(tables.kernels_table(sweep.results))
+    _shown(tables.memory_table({"copy": sweep.copy, "dequantize": sweep.dequantize}))
+
+
+def test_our_own_failure_is_shown(monkeypatch):
+    monkeypatch.setattr(kernels, "packed_product", lambda *_: 1 / 0)
+    settings = kernels.Settings(((64, 32),), (2,), ("bfloat16",), repeats=2, copy_bytes=1024)
+    results = kernels.run_sweep(settings).results
+    assert results[0]["errors"]["ffi"].startswith("ZeroDivisionError")
+    assert "failed" in _shown(tables.kernels_table(results))
+
+
+def test_when_time_is_up_what_is_left_out_is_counted_and_the_rest_written(tmp_path):
+    out = tmp_path / "bench.json"
+    assert bench.main([*TINY, "--minutes", "0", "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert report["left_out"] == 4
+    assert report["results"] == []
+    assert len(report["dequantize"]) == 1
+
+
+def test_every_case_is_written_at_once(monkeypatch, tmp_path):
+    out = tmp_path / "bench.json"
+    honest = kernels.measure
+
+    def interrupted(size, *args):
+        if size.rows == 3:
+            raise KeyboardInterrupt
+        return honest(size, *args)
+
+    monkeypatch.setattr(kernels, "measure", interrupted)
+    assert bench.main([*TINY, "--out", str(out)]) == 130
+    assert [case["rows"] for case in json.loads(out.read_text())["results"]] == [1, 1]
 
 
 def test_a_step_of_the_demo_as_json(monkeypatch, tiny_llama, capsys):
@@ -108,28 +184,67 @@ def test_a_step_of_the_demo_as_json(monkeypatch, tiny_llama, capsys):
     assert run["steps"] == 3
     assert run["ratio"] == 1
     check_spread(run["seconds"])
-    assert "QLoRA, compiled kernels" in _shown(bench.demo_table(report["results"]))
+    assert "QLoRA, compiled kernels" in _shown(tables.demo_table(report["results"]))
 
 
 def test_mistakes_are_told_before_anything_is_timed(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "time_kernels", lambda **_: pytest.fail("timed"))
+    monkeypatch.setattr(kernels, "run_sweep", lambda *_: pytest.fail("timed"))
     (tmp_path / "file").touch()
-    for out, problem in ((tmp_path, "is a folder"), (tmp_path / "file" / "x.json", "is no folder")):
-        assert bench.main(["--out", str(out)]) == 2
-        assert problem in capsys.readouterr().err
+    (tmp_path / "libbitsandbytes_cuda130.so").write_text("no library")
+    library = str(tmp_path / "libbitsandbytes_cuda130.so")
+    for arguments, problem in (
+        (["--out", str(tmp_path)], "is a folder"),
+        (["--out", str(tmp_path / "file" / "x.json")], "is no folder"),
+        (["--shapes", "4096*4096"], "'4096*4096' is no shape"),
+        (["--rows", "0"], "'0' is no number of rows"),
+        (["--minutes", "-1"], "'-1' is no number of minutes"),
+        (["--bitsandbytes", str(tmp_path / "none.so")], "none.so is no file"),
+        (["--bitsandbytes", library], "CUDA"),
+        (["--device", "gpu"], "--device gpu, but JAX runs on cpu"),
+        (["--devise", "gpu"], "did you mean --device?"),
+    ):
+        assert bench.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert problem in error
+        assert "fix:" in error
 
 
 def test_missing_kernels_are_a_mistake_that_can_be_mended(monkeypatch, capsys):
-    from qlora_jax.nf4 import kernels
-
-    monkeypatch.setitem(kernels._REPORT, "cpu", "not loaded: No module named '_cpu'")
+    loaded = importlib.import_module("qlora_jax.nf4.kernels")
+    monkeypatch.setitem(loaded._REPORT, "cpu", "not loaded: No module named '_cpu'")
     assert bench.main(["--quick"]) == 2
     error = capsys.readouterr().err
     assert "No module named '_cpu'" in error
-    assert "pip install" in error
+    assert "qlora_jax.doctor" in error
+
+
+def test_on_a_gpu_other_routes_are_timed_around_the_one_that_is_taken(monkeypatch):
+    monkeypatch.setattr(kernels, "_on_gpu", lambda: True)
+    weights = programs.make_weights((128, 64), "bfloat16", copies=2)
+    fragments = weights.rows.to_layout("fragments")
+    taken = {rows: kernels.route("forward", rows, fragments, "bfloat16") for rows in (1, 64, 65, 4096)}
+    assert taken == {1: "skinny", 64: "skinny", 65: "tile", 4096: "dequantize"}
+    timed = {rows: kernels.routes(rows, taken[rows], fragments, "bfloat16") for rows in taken}
+    assert timed[1] == ["skinny"]
+    assert timed[64] == ["skinny", "tile", "dequantize"]
+    assert timed[4096] == ["dequantize", "tile"]
+    assert kernels.routes(1, kernels.route("dx", 1, weights.rows, "bfloat16"), weights.rows, "bfloat16") == [
+        "dequantize"
+    ]
+
+
+def test_the_sweep_of_a_gpu_has_every_shape_and_begins_with_what_tells_most():
+    gpu = shapes.gpu_shapes()
+    assert len(gpu) == len(set(gpu)) == 15
+    every = shapes.sizes(gpu, shapes.GPU_ROWS)
+    assert len(set(every)) == 15 * 12
+    assert {size.models[0] for size in every[:36]} == {"7B"}
+    assert [size.rows for size in every[:6]] == [16] * 3 + [2048] * 3
+    assert sorted(shapes.GPU_ROWS) == [1, 8, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
+    assert Size(8192, 8192, 1).models == ["65B", "70B"]
 
 
 def _shown(table) -> str:
-    console = Console(file=io.StringIO(), width=120)
+    console = Console(file=io.StringIO(), width=160)
     console.print(table)
     return console.file.getvalue()

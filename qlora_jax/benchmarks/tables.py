@@ -1,0 +1,98 @@
+"""Reports as tables."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+# Peers in the order in which they are shown; those that were not measured are left out.
+_PEERS = ("xla", "dense", "cublas", "skinny", "tile", "dequantize", "bnb_fused", "bnb_dequantize")
+
+
+def kernels_table(results: Sequence[Mapping[str, Any]]) -> Table:
+    """Times in milliseconds; ratios below 1 say that ours is faster."""
+    table = _table("nf4_matmul: ours / peer, below 1: ours is faster")
+    peers = [name for name in _PEERS if any(name in case["ratio"] for case in results)]
+    for heading in (
+        "op",
+        "in x out",
+        "rows",
+        "dtype",
+        "route",
+        "ms",
+        "TFLOP/s",
+        "floor",
+        *(f"/ {peer}" for peer in peers),
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for case in results:
+        table.add_row(
+            case["op"],
+            f"{case['in']} x {case['out']}",
+            str(case["rows"]),
+            case["dtype"],
+            case["route"],
+            *_measured(case),
+            *(_show_ratio(case["ratio"].get(peer), quartiles=len(peers) <= 2) for peer in peers),
+        )
+    return table
+
+
+def memory_table(report: Mapping[str, Any]) -> Table:
+    """Dequantization beside a copy."""
+    table = _table("dequantization alone: bytes moved in a second, and how much of a copy's that is")
+    for heading in ("in x out", "GB/s", "of a copy"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_row("copy", f"{report['copy']['bytes_per_second'] / 1e9:.0f}", "")
+    for case in report["dequantize"]:
+        known = "of_copy" in case
+        shown = (f"{case['bytes_per_second'] / 1e9:.0f}", f"{case['of_copy']:.2f}") if known else ("failed", "")
+        table.add_row(f"{case['in']} x {case['out']}", *shown)
+    return table
+
+
+def bars_table(bars: Sequence[Mapping[str, Any]], device: str) -> Table:
+    """Each bar with its worst case."""
+    table = _table(f"what is asked of an H100; this is: {device}")
+    for heading in ("bar", "holds", "cases", "missed", "worst"):
+        table.add_column(heading, justify="left")
+    for bar in bars:
+        holds = {None: "not judged", True: "yes", False: "NO"}[bar["holds"]]
+        worst = f"{bar['worst']['ratio']:.2f} ({bar['worst']['case']})" if bar["worst"] else ""
+        table.add_row(bar["bar"], holds, str(bar["cases"]), str(bar["missed"]), worst)
+    return table
+
+
+def demo_table(results: Sequence[Mapping[str, Any]]) -> Table:
+    """One line per run."""
+    table = _table("a step of the demo: ours / peer, below 1: ours is faster")
+    names = {"ffi": "QLoRA, compiled kernels", "xla": "QLoRA, pure JAX", "dense": "16-bit LoRA"}
+    for heading in ("run", "steps", "s", "quartiles", "ours / this"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for run in results:
+        seconds = run["seconds"]
+        quartiles = f"{seconds['low']:.3f} to {seconds['high']:.3f}"
+        cells = str(run["steps"]), f"{seconds['median']:.3f}", quartiles, f"{run['ratio']:.2f}"
+        table.add_row(names[run["name"]], *cells)
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, box=box.SIMPLE_HEAD)
+
+
+def _measured(case: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Milliseconds, TFLOP/s, and the floor as a share of the time."""
+    own = case["seconds"].get(case["route"])
+    if own is None:
+        return "failed", "", ""
+    floor = case["floor_seconds"]
+    rate = case["flops_per_second"][case["route"]]
+    return f"{own['median'] * 1e3:.4f}", f"{rate / 1e12:.3f}", f"{floor / own['median']:.2f}" if floor else ""
+
+
+def _show_ratio(ratio: Mapping[str, float] | None, *, quartiles: bool) -> str:
+    if ratio is None:
+        return ""
+    return f"{ratio['median']:.2f}" + (f" ({ratio['low']:.2f} to {ratio['high']:.2f})" if quartiles else "")
