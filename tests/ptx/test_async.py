@@ -78,9 +78,10 @@ def test_groups_land_in_order_and_not_before_their_wait(lanewise):
     got, _ = run(lanewise, TWO_GROUPS + "cp.async.wait_group 1;" + older)
     np.testing.assert_array_equal(got[:, :2], A.reshape(32, 4)[:, :2])
     options = {"options": {"fatal": ()}}
-    got, launch = run(lanewise, TWO_GROUPS + "cp.async.wait_group 1;" + LOAD, **options)
+    fill = "st.shared.v4.u32 [%x1], {%thread, %thread, %thread, %thread};"
+    got, launch = run(lanewise, fill + TWO_GROUPS + "cp.async.wait_group 1;" + LOAD, **options)
     assert [kind for kind, _ in launch.reports] == ["in-flight-read"]
-    assert (got[:, 2:] == 0xFFFFFFFF).all()  # NaN until it has landed
+    assert (got[:, 2:] == 0xFFFFFFFF).all()  # NaN until it has landed, whatever was there
     got, _ = run(lanewise, TWO_GROUPS.replace("cp.async.commit_group;", "") + "cp.async.wait_all;" + LOAD)
     np.testing.assert_array_equal(got, A.reshape(32, 4))
     uncommitted = "cp.async.cg.shared.global [%x1], [%y1], 16; cp.async.wait_group 0;" + LOAD

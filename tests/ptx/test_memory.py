@@ -155,15 +155,22 @@ def test_blocks_must_not_meet_in_global_memory(lanewise):
         options = {"options": {"fatal": "all", "lanes": lanes}}
         with pytest.raises(PTXError, match=r"race-between-blocks.*block 1 writes what block 0"):
             lanewise(written, {"d": np.uint32}, a=a, blocks=2, **options)
-        with pytest.raises(PTXError, match=r"race-between-blocks"):
-            read = "setp.eq.u32 %p1, %ctaid.x, 0; @%p1 st.global.u32 [%y1+128], %thread; mov.u32 %d, 0;"
-            lanewise(everywhere + read, {"d": np.uint32}, a=a, blocks=2, **options)
+        ahead = everywhere + "setp.eq.u32 %p1, %ctaid.x, 0; @%p1 st.global.u32 [%y1+128], %thread; mov.u32 %d, 0;"
+        with pytest.raises(PTXError, match=r"race-between-blocks"):  # block 1 reads there
+            lanewise(ahead, {"d": np.uint32}, a=a, blocks=2, **options)
         shared_read = everywhere + "ld.global.u32 %d, [%y1];"
         d, _ = lanewise(shared_read, {"d": np.uint32}, a=a, blocks=2, **options)
         np.testing.assert_array_equal(d, np.tile(a[:32], 2))
         reduced = "ld.param.u64 %y1, [p_a]; red.global.add.u32 [%y1+4], 1; mov.u32 %d, 0;"
         lanewise(everywhere + "mov.u32 %d, 0;", {"d": np.uint32}, a=a, blocks=2, **options)
         lanewise(reduced, {"d": np.uint32}, a=a, blocks=2, **options)
+
+
+def test_two_blocks_side_by_side_in_one_store(lanewise):
+    body = """ld.param.u64 %y1, [p_d]; mul.wide.u32 %y2, %thread, 4; add.s64 %y1, %y1, %y2; mov.u32 %d, 0;
+    st.global.u32 [%y1], %d;"""
+    _, launch = lanewise(body, {"d": np.uint32}, threads=32, blocks=2, options={"fatal": ()})
+    assert any("two blocks write one place in one instruction" in line for line in launch.reports.values())
 
 
 def test_device_memory_is_guarded():
