@@ -113,8 +113,8 @@ __device__ void DequantizeFragments(typename T::Storage* dense, QLORA_JAX_WEIGHT
   const LayerWeight w = SelectLayer<Layout::kFragments>(QLORA_JAX_WEIGHT_ARGUMENTS, in_features, out_features);
   const int lane = threadIdx.x % 32;
   const int64_t tile = int64_t{blockIdx.x} * (kThreads / 32) + threadIdx.x / 32;
-  const int64_t tile_columns = Tiles(in_features);
-  if (tile >= tile_columns * Tiles(out_features)) return;
+  const int64_t tile_columns = FragmentTiles(in_features);
+  if (tile >= tile_columns * FragmentTiles(out_features)) return;
   const int64_t first_row = tile / tile_columns * kTile + lane / 4;
   const int64_t first_column = tile % tile_columns * kTile;
 

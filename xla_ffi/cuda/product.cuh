@@ -114,7 +114,7 @@ __device__ void Product(const typename K::Storage* x, typename K::Storage* y, fl
   const StepCopies<K> copies(work, thread, dynamic_map, scales, stages);
   const WarpView<K> view{table + threadIdx.x % 32 * 4, scales, thread / 32, static_cast<int>(threadIdx.x % 32)};
 
-  const int64_t steps = Tiles(work.contraction);
+  const int64_t steps = FragmentTiles(work.contraction);
   const int begin = static_cast<int>(steps * work.split / splits) + group;
   const int end = static_cast<int>(steps * (work.split + 1) / splits);
 #pragma unroll

@@ -57,12 +57,12 @@ class StepCopies {
  public:
   __device__ StepCopies(const Work<K>& work, int thread, uint32_t dynamic_map, uint32_t scales, uint32_t stages)
       : w_(work.w), thread_(thread), dynamic_map_(dynamic_map), scales_(scales), stages_(stages) {
-    const int64_t tile_columns = Tiles(w_.in_features);
+    const int64_t tile_columns = FragmentTiles(w_.in_features);
     const int64_t first_tile = work.first_row / kTile;
     weights_ = w_.packed + (K::kInputGradient ? first_tile : first_tile * tile_columns) * kTileBytes + thread * 16;
     weights_step_ = (K::kInputGradient ? tile_columns : 1) * kTileBytes;
     weights_tile_ = (K::kInputGradient ? 1 : tile_columns) * kTileBytes;
-    const int64_t tiles_left = Tiles(work.outputs) - first_tile;
+    const int64_t tiles_left = FragmentTiles(work.outputs) - first_tile;
     tiles_ = tiles_left < K::kRows / kTile ? static_cast<int>(tiles_left) : K::kRows / kTile;
 
     x_ = work.x;

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../layout.h"
 #include "../nf4.h"
 #include "product_shape.h"
 
@@ -20,9 +21,7 @@ __device__ const Nf4Code kNf4Code = MakeNf4Code();
 #define QLORA_JAX_WEIGHT_ARGUMENTS \
   packed, absmax, group_scales, offsets, where, layers, layer_groups, row_blocks, block_shift, double_quantized
 
-enum class Layout { kRows, kFragments };
-
-__device__ inline int64_t Tiles(int64_t features) { return (features + kTile - 1) / kTile; }
+static_assert(kTile == kFragmentTile);
 
 // The layer that `where` names, and where its scales end (the last word of codes may reach beyond them).
 struct LayerWeight : Nf4Weight {
@@ -33,12 +32,9 @@ template <Layout layout>
 __device__ LayerWeight SelectLayer(QLORA_JAX_WEIGHT_PARAMETERS, int64_t in_features, int64_t out_features) {
   int64_t layer = where[0];
   layer = layer < 0 ? 0 : layer >= layers ? layers - 1 : layer;
-  const int64_t size = in_features * out_features;
-  const int64_t blocks = (size + (int64_t{1} << block_shift) - 1) >> block_shift;
-  const int64_t bytes =
-      layout == Layout::kRows ? (size + 1) / 2 : Tiles(in_features) * Tiles(out_features) * kTileBytes;
+  const int64_t blocks = (in_features * out_features + (int64_t{1} << block_shift) - 1) >> block_shift;
   LayerWeight w;
-  w.packed = packed + layer * bytes;
+  w.packed = packed + layer * PackedBytes(layout, in_features, out_features);
   w.scale_codes = double_quantized ? static_cast<const uint8_t*>(absmax) + layer * blocks : nullptr;
   w.scale_codes_end = static_cast<const uint8_t*>(absmax) + layers * blocks;
   w.scales = double_quantized ? nullptr : static_cast<const float*>(absmax) + layer * blocks;
