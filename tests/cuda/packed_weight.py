@@ -74,7 +74,7 @@ class PackedWeight:
         return 0 if self.group_scales is None else self.group_scales.shape[1]
 
     def dense(self, dtype: str) -> np.ndarray:
-        """[out, in] of the layer that `where` names: `float32 code * float32 scale` in the weight's dtype, then `dtype`."""
+        """[out, in] of the layer that `where` names: `float32 code * float32 scale` in the weight's dtype."""
         layer = min(max(self.where[0], 0), self.layers - 1)
         with np.errstate(all="ignore"):
             exact = NF4_CODE[self.codes[layer]] * self.scales[layer]
@@ -137,7 +137,7 @@ def make_weight(
       dtype: the weight's own.
       shard: rows, and blocks of each row, that are kept.
       values: "normal", as trained weights have them; or "exact": -1, 0 and 1 times scales of eight bits, so that
-        products with small integers have no rounding error whatever the order of their sums, and one wrong weight shows.
+        products with small integers have no rounding error in any order of their sums, and one wrong weight shows.
     """
     choices = np.array([0, 7, 15] if values == "exact" else range(16), np.uint8)
     codes = rng.choice(choices, (layers, out_features, in_features))

@@ -1,7 +1,5 @@
 """What every product kernel must do, in either direction: a suite for test files to inherit."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from packed_weight import pack_fragments

@@ -1,4 +1,4 @@
-"""Executes launch plans of the CUDA kernels in the PTX interpreter: the same data that the handlers execute on a GPU."""
+"""Executes launch plans of the CUDA kernels in the PTX interpreter: the data that the handlers execute on a GPU."""
 
 import dataclasses
 import functools
@@ -84,7 +84,6 @@ def execute(
     *,
     architecture: str = "sm_80",
     blocks: Sequence[tuple[int, int, int]] | None = None,
-    modules: dict[str, Module] | None = None,
     **options: Any,
 ) -> list[Launch]:
     """Runs a plan's launches in order. Raises PTXError at the first report of any kind.
@@ -95,7 +94,6 @@ def execute(
       memory: where those lie.
       architecture: whose PTX runs.
       blocks: run only these blocks of the first launch, and nothing else.
-      modules: kernel -> module, in place of the project's sources.
       options: of `Launch`, such as `seed`.
     """
     launches = []
@@ -105,7 +103,7 @@ def execute(
             for argument in launch["arguments"]
         ]
         name = launch["kernel"]
-        module = (modules or {}).get(name) or kernel_module(source_of(name), architecture)
+        module = kernel_module(source_of(name), architecture)
         options = {"fatal": "all", "lanes": _LANES, "profile": False, **options}
         launches.append(
             Launch(

@@ -101,7 +101,7 @@ class TestEveryKernel:
     ("in_features", "out_features"), [(50, 33), (37, 13), (9, 7), (80, 5), (65, 1), (131, 131), (1, 1)]
 )
 def test_blocks_that_straddle_rows(dtype: str, double_quantized: bool, in_features: int, out_features: int):
-    """Stacked layers of an odd number of bytes begin anywhere; the last block, byte and group of eight are not whole."""
+    """Stacked layers of odd numbers of bytes begin anywhere; the last block, byte and group of eight are not whole."""
     for layers, layer in ((1, 0), (3, 1), (3, 2)):
         weight = random_weight(in_features, out_features, layers=layers, layer=layer, double_quantized=double_quantized)
         assert weight.row_blocks == 0
