@@ -1,22 +1,21 @@
-"""Blockwise quantization to NF4 and back, in pure JAX, with bitsandbytes' bytes."""
+"""Blockwise quantization to NF4, in pure JAX, with bitsandbytes' bytes."""
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
 from qlora_jax.nf4.codebook import (
     BLOCK_SIZES,
     CODEBOOKS,
-    DYNAMIC_MAP,
     DYNAMIC_MAP_MIDPOINTS,
     NF4_THRESHOLDS,
     SCALE_GROUP,
 )
-from qlora_jax.nf4.tensor import NF4Tensor, leaf_shapes
+from qlora_jax.nf4.layout import check_layout, rows_to_fragments
+from qlora_jax.nf4.tensor import NF4Tensor, check_not_flat, leaf_shapes
 
 FLOATS = ("float32", "bfloat16", "float16")
 
@@ -26,6 +25,8 @@ def quantize(
     quant_type: str = "nf4",
     block_size: int = 64,
     double_quant: bool = True,
+    *,
+    layout: str = "rows",
 ) -> NF4Tensor:
     """Quantizes a kernel to 4 bits; bytes equal bitsandbytes' for the transpose of `kernel`.
 
@@ -39,13 +40,16 @@ def quantize(
       quant_type: "nf4".
       block_size: weights per scale: 32, 64, ... 4096.
       double_quant: whether to quantize the scales.
+      layout: order of the packed bytes: "rows", which are bitsandbytes', or "fragments", which the CUDA kernels read
+        fastest (modules and load_model choose it where weights land on a GPU). Made layer by layer.
 
     Returns:
       An NF4Tensor whose static dtype is the kernel's.
 
     Raises:
       TypeError: kernel is not an array of a supported floating dtype.
-      ValueError: unknown quant_type or block_size, wrong rank, or an empty kernel.
+      ValueError: unknown quant_type, block_size or layout, wrong rank, an empty kernel, or layout "fragments" for a
+        kernel whose blocks straddle rows.
     """
     dtype = str(getattr(kernel, "dtype", type(kernel).__name__))
     if dtype not in FLOATS:
@@ -56,91 +60,20 @@ def quantize(
         raise ValueError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size}")
     if kernel.ndim not in (2, 3) or 0 in kernel.shape:
         raise ValueError(f"kernel must have shape [in, out] or [L, in, out], none of them 0; got {kernel.shape}")
-    leaves = _encode_layers(kernel, block_size, double_quant)
-    in_features, out_features = kernel.shape[-2:]
-    return NF4Tensor(
-        **leaves, shape=(in_features, out_features), quant_type=quant_type, block_size=block_size, dtype=dtype
-    )
+    shape = (int(kernel.shape[-2]), int(kernel.shape[-1]))
+    if check_layout(layout) == "fragments":
+        check_not_flat(shape, block_size)
+    leaves = _encode_layers(kernel, block_size, double_quant, layout)
+    return NF4Tensor(**leaves, shape=shape, quant_type=quant_type, block_size=block_size, dtype=dtype, layout=layout)
 
 
-def dequantize(w: NF4Tensor, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "*layers in out"]:
-    """The weights that `w` stands for: `T(float32 code * float32 scale)`, rounded once to `T = w.dtype`.
-
-    Args:
-      w: one layer, a view of one, a shard (local extents), or a whole stack.
-      dtype: dtype of the result; the values are rounded to `w.dtype` first, whatever it is.
-
-    Returns:
-      `[in, out]`, or `[L, in, out]` for a stack without a layer view.
-    """
-    if w.num_layers is not None and w.where is None:
-        return jax.vmap(functools.partial(dequantize, dtype=dtype))(w)
-    packed, absmax, scale, offset = select_layer(w)
-    weights = jnp.asarray(CODEBOOKS[w.quant_type])[_unpack(packed)]
-    if w.is_flat:
-        in_features, out_features = w.shape
-        blocks = decode_absmax(absmax, scale, offset, jnp.arange(absmax.size) // SCALE_GROUP)
-        # Whole blocks first (two codes a byte may end within one), then only the weights that exist.
-        padded = jnp.pad(weights, (0, max(0, absmax.size * w.block_size - weights.size)))
-        padded = padded[: absmax.size * w.block_size].reshape(-1, w.block_size)
-        rows = (padded * blocks[:, None]).reshape(-1)[: in_features * out_features].reshape(out_features, in_features)
-    else:
-        out_features, row_bytes = packed.shape
-        blocks = decode_absmax(absmax, scale, offset, _scale_groups(w, absmax.shape))
-        rows = weights.reshape(out_features, -1, w.block_size) * blocks[:, :, None]
-        rows = rows.reshape(out_features, row_bytes * 2)
-    return rows.astype(w.dtype).astype(dtype or w.dtype).T
-
-
-def select_layer(w: NF4Tensor) -> tuple[Array, Array, Array | None, Array | None]:
-    """Leaves (packed, absmax, absmax_scale, absmax_offset) of the one layer that `w` shows."""
-
-    def of_layer(leaf: Any) -> Any:
-        if leaf is None or w.num_layers is None:
-            return leaf
-        # Clamped, as the compiled kernels do: a negative index would count from the end.
-        return jax.lax.dynamic_index_in_dim(leaf, jnp.maximum(w.where[0], 0), keepdims=False)
-
-    return of_layer(w.packed), of_layer(w.absmax), of_layer(w.absmax_scale), of_layer(w.absmax_offset)
-
-
-def decode_absmax(absmax: Array, scale: Array | None, offset: Array | None, groups: Array) -> Float[Array, "*blocks"]:
-    """float32 block scales: as stored, or `float32(map[code] * scale[group]) + offset`, two roundings.
-
-    Args:
-      absmax: uint8 codes or float32 scales, any shape.
-      scale: float32 `[n_groups]`, or None where scales are not quantized.
-      offset: float32 `[]`, or None.
-      groups: int32, shape of `absmax`: the second-level group of each block.
-    """
-    if scale is None or offset is None:
-        return absmax
-    product = jnp.asarray(DYNAMIC_MAP)[absmax] * scale[groups]
-    # XLA's CPU compiler would contract product and sum into one FMA (one rounding instead of two, and other bits than
-    # bitsandbytes'); a select on a comparison that it cannot decide keeps them apart.
-    return jnp.where(product == product, product, jnp.zeros_like(product)) + offset
-
-
-def _scale_groups(w: NF4Tensor, blocks: tuple[int, ...]) -> Array:
-    first_row, first_block = (0, 0) if w.where is None else (w.where[1], w.where[2])
-    rows = first_row + jnp.arange(blocks[0], dtype=jnp.int32)[:, None]
-    columns = first_block + jnp.arange(blocks[1], dtype=jnp.int32)[None, :]
-    return (rows * (w.shape[0] // w.block_size) + columns) // SCALE_GROUP
-
-
-def _unpack(packed: UInt8[Array, "*dims"]) -> UInt8[Array, "*dims2"]:
-    """Codes of the last axis, high nibble first."""
-    codes = jnp.stack([packed >> 4, packed & 15], axis=-1)
-    return codes.reshape(*packed.shape[:-1], packed.shape[-1] * 2)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _encode_layers(kernel: Array, block_size: int, double_quant: bool) -> dict[str, Array]:
-    encode = functools.partial(_encode, block_size=block_size, double_quant=double_quant)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _encode_layers(kernel: Array, block_size: int, double_quant: bool, layout: str) -> dict[str, Array]:
+    encode = functools.partial(_encode, block_size=block_size, double_quant=double_quant, layout=layout)
     return jax.lax.map(encode, kernel) if kernel.ndim == 3 else encode(kernel)
 
 
-def _encode(kernel: Float[Array, "in out"], *, block_size: int, double_quant: bool) -> dict[str, Array]:
+def _encode(kernel: Float[Array, "in out"], *, block_size: int, double_quant: bool, layout: str) -> dict[str, Array]:
     elements = kernel.astype(jnp.float32).T.reshape(-1)
     n_blocks = math.ceil(elements.size / block_size)
     blocks = jnp.pad(elements, (0, n_blocks * block_size - elements.size)).reshape(n_blocks, block_size)
@@ -153,7 +86,10 @@ def _encode(kernel: Float[Array, "in out"], *, block_size: int, double_quant: bo
         leaves |= _encode_scales(absmax)
     in_features, out_features = kernel.shape
     shapes = leaf_shapes((in_features, out_features), block_size, double_quant)
-    return {name: leaf.reshape(shapes[name][0]) for name, leaf in leaves.items()}
+    leaves = {name: leaf.reshape(shapes[name][0]) for name, leaf in leaves.items()}
+    if layout == "fragments":
+        leaves["packed"] = rows_to_fragments(leaves["packed"])
+    return leaves
 
 
 def _encode_scales(absmax: Float[Array, " blocks"]) -> dict[str, Array]:

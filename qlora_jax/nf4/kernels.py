@@ -11,13 +11,18 @@ from types import ModuleType
 
 import jax
 
-CHOICES = ("auto", "ffi", "xla")
+# How a product runs on a CUDA GPU, and the attribute `route` of the two kernels that multiply.
+ROUTES = ("skinny", "tile", "dequantize")
+ROUTE_CODES = {"skinny": 0, "tile": 1}
+CHOICES = ("auto", "ffi", "xla", *ROUTES)
 ENVIRONMENT_VARIABLE = "QLORA_JAX_KERNELS"
 # One target name for every platform: XLA picks the handler registered for the platform it compiles for.
 MATMUL_TARGET = "qlora_jax_nf4_matmul"
 MATMUL_DX_TARGET = "qlora_jax_nf4_matmul_dx"
+# On CUDA alone.
+DEQUANTIZE_TARGET = "qlora_jax_nf4_dequantize"
 
-_MODULES = {"cpu": "qlora_jax._lib._cpu"}
+_MODULES = {"cpu": "qlora_jax._lib._cpu", "cuda": "qlora_jax._lib._cuda"}
 # Part of the key of JAX's caches: a trace made under one choice is not taken for another.
 _override = jax.make_user_context(default_value=None)
 
@@ -52,6 +57,9 @@ def _load() -> dict[str, str]:
             module = _find(module_name)
             for target, capsule in module.registrations().items():
                 jax.ffi.register_ffi_target(target, capsule, platform=platform)
+        except ModuleNotFoundError as missing:
+            # Without a CUDA compiler only the CPU's library is built.
+            report[platform] = "not built" if missing.name == module_name else f"not loaded: {missing}"
         except Exception as error:
             report[platform] = f"not loaded: {error}"
         else:
@@ -63,8 +71,13 @@ _REPORT = _load()
 
 
 def kernel_report() -> dict[str, str]:
-    """For each platform "loaded", or why its compiled kernels are not there."""
+    """For "cpu" and "cuda": "loaded", "not built", or why the compiled kernels that were built are not there."""
     return dict(_REPORT)
+
+
+def cuda_kernels_loaded() -> bool:
+    """Whether programs for CUDA GPUs can call the compiled kernels."""
+    return _REPORT.get("cuda") == "loaded"
 
 
 @contextlib.contextmanager
@@ -72,8 +85,11 @@ def use_kernels(choice: str) -> Iterator[None]:
     """Overrides the choice of kernels for what is traced inside the block.
 
     Args:
-      choice: "ffi" (the compiled kernels), "xla" (dequantize and multiply in pure JAX) or "auto". A function that
-        `jax.jit` has compiled already is compiled again where the choice differs.
+      choice: "ffi" (the compiled kernels), "xla" (dequantize and multiply in pure JAX) or "auto" (the compiled ones
+        where they are loaded). On a CUDA GPU also one route for every product: "skinny", "tile" (the two kernels that
+        multiply 4-bit weights) or "dequantize" (one launch, then XLA's product); what the weight or the activations
+        do not allow is an error when it is compiled. On other platforms "dequantize" is "xla", and the other two are
+        an error. A function that `jax.jit` has compiled already is compiled again where the choice differs.
 
     Raises:
       ValueError: another word.
@@ -82,21 +98,46 @@ def use_kernels(choice: str) -> Iterator[None]:
         yield
 
 
-def chosen_kernels() -> str:
-    """Either "ffi" or "xla": the override, else QLORA_JAX_KERNELS, else the compiled kernels where they serve.
+def asked_kernels() -> tuple[str, str]:
+    """What was asked for, one of CHOICES, and by what: "use_kernels", the environment variable, or "default".
 
     Raises:
       ValueError: QLORA_JAX_KERNELS holds another word.
-      RuntimeError: "ffi" was asked for, and the kernels are not there.
     """
-    choice = _override.value or _check(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
-    platform = jax.default_backend()
+    if _override.value is not None:
+        return _override.value, "use_kernels"
+    if ENVIRONMENT_VARIABLE in os.environ:
+        return _check(os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE
+    return "auto", "default"
+
+
+def chosen_kernels(platform: str | None = None) -> str:
+    """What runs on a platform: "ffi", "xla" or, on "cuda" alone, the one route that was asked for.
+
+    Args:
+      platform: "cpu", "cuda" or another name of XLA's; None: that of JAX's default backend.
+
+    Raises:
+      ValueError: QLORA_JAX_KERNELS holds another word.
+      RuntimeError: compiled kernels were asked for that this platform does not have.
+    """
+    platform = platform or platform_name(jax.default_backend())
+    choice, _ = asked_kernels()
     status = _REPORT.get(platform, f"no kernels were built for {platform}")
-    if choice == "ffi" and status != "loaded":
+    if choice in ROUTES and platform != "cuda":
+        if choice != "dequantize":
+            raise RuntimeError(f"the {choice!r} kernel was asked for on {platform}, but it exists for CUDA GPUs only")
+        return "xla"
+    if choice in ("ffi", *ROUTES) and status != "loaded":
         raise RuntimeError(f"the compiled NF4 kernels were asked for on {platform}, but: {status}")
     if choice == "auto":
         return "ffi" if status == "loaded" else "xla"
     return choice
+
+
+def platform_name(backend: str) -> str:
+    """The platform's name in XLA's registry: JAX calls a CUDA backend and its devices "gpu"."""
+    return "cuda" if backend == "gpu" else backend
 
 
 def _check(choice: str, source: str) -> str:

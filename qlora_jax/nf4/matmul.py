@@ -2,22 +2,26 @@
 
 Built as custom_vjp(custom_vmap(product)): the backward pass keeps the packed weight and nothing dense, and a mapped
 batch axis is folded into rows, so that the weight is read once. The product is a compiled kernel (XLA FFI) or pure JAX.
+Where CUDA kernels are loaded, that is decided for the platform a program is compiled for, and on CUDA by dispatch.py.
 """
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from qlora_jax.nf4.blockwise import FLOATS, dequantize
-from qlora_jax.nf4.kernels import MATMUL_DX_TARGET, MATMUL_TARGET, chosen_kernels
+from qlora_jax.nf4.blockwise import FLOATS
+from qlora_jax.nf4.calls import dequantize_rows, multiply
+from qlora_jax.nf4.decode import as_rows, decode
+from qlora_jax.nf4.dispatch import cuda_route
+from qlora_jax.nf4.kernels import ROUTE_CODES, asked_kernels, chosen_kernels, cuda_kernels_loaded
+from qlora_jax.nf4.platforms import per_platform, refuse, vary_like
 from qlora_jax.nf4.tensor import NF4Tensor
-
-_WEIGHT_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 
 
 def nf4_matmul(x: Float[Array, "*batch in"], w: NF4Tensor) -> Float[Array, "*batch out"]:
@@ -34,21 +38,32 @@ def nf4_matmul(x: Float[Array, "*batch in"], w: NF4Tensor) -> Float[Array, "*bat
 
     Raises:
       TypeError: w is not an NF4Tensor, or x has another dtype.
-      ValueError: the shapes do not fit, or w is a stack without a layer view.
+      ValueError: the shapes do not fit, or w is a stack without a layer view, or "fragments" cut within a tile.
+      RuntimeError: kernels were asked for (see use_kernels) that the platform does not have, or that cannot take these
+        operands.
+    """
+    x = jnp.asarray(x)
+    check_operands(x, w)
+    # In shard_map an x that is equal on all devices meets a weight that is not: its gradient is a sum over devices,
+    # which the transpose of this cast does.
+    return _matmul(vary_like(x, w), w)
+
+
+def check_operands(x: Array, w: NF4Tensor) -> None:
+    """Whether nf4_matmul takes x and w.
+
+    Raises:
+      TypeError, ValueError: it does not; see there.
     """
     if not isinstance(w, NF4Tensor):
         raise TypeError(f"w must be an NF4Tensor (see quantize), got {type(w).__name__}")
-    x = jnp.asarray(x)
     if str(x.dtype) not in FLOATS:
         raise TypeError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
     if w.num_layers is not None and w.where is None:
         raise ValueError(f"w is a stack of {w.num_layers} layers: multiply by w.layer(i), or use scan_layers")
-    in_features, out_features = _extents(w)
+    in_features, out_features = w.local_shape
     if x.ndim == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x of shape {x.shape} does not fit a weight of shape [in={in_features}, out={out_features}]")
-    # In shard_map an x that is equal on all devices meets a weight that is not: its gradient is a sum over devices,
-    # which the transpose of this cast does.
-    return _matmul(_vary_like(x, w), w)
 
 
 @jax.custom_vjp
@@ -75,12 +90,12 @@ def _on_rows(product: Any, x: Array, w: NF4Tensor) -> Array:
 
 @jax.custom_batching.custom_vmap
 def _forward(x: Float[Array, "m in"], w: NF4Tensor) -> Float[Array, "m out"]:
-    return _product(x, w, MATMUL_TARGET)
+    return _product(x, w, input_gradient=False)
 
 
 @jax.custom_batching.custom_vmap
 def _input_gradient(dy: Float[Array, "m out"], w: NF4Tensor) -> Float[Array, "m in"]:
-    return _product(dy, w, MATMUL_DX_TARGET)
+    return _product(dy, w, input_gradient=True)
 
 
 def _batching_rule(product: Any, axis_size: int, in_batched: Any, x: Array, w: NF4Tensor) -> tuple[Array, bool]:
@@ -104,62 +119,71 @@ _forward.def_vmap(functools.partial(_batching_rule, _forward))
 _input_gradient.def_vmap(functools.partial(_batching_rule, _input_gradient))
 
 
-def _product(x: Array, w: NF4Tensor, target: str) -> Array:
-    in_features, out_features = _extents(w)
-    result = jax.ShapeDtypeStruct((x.shape[0], out_features if target == MATMUL_TARGET else in_features), x.dtype)
+def _product(x: Array, w: NF4Tensor, input_gradient: bool) -> Array:
     if x.shape[0] == 0:
-        return jnp.zeros(result.shape, result.dtype)
-    if chosen_kernels() == "ffi":
-        return _product_ffi(x, w, target, result)
-    return _product_xla(x, w, target)
+        return jnp.zeros((0, w.local_shape[0 if input_gradient else 1]), x.dtype)
+    if cuda_kernels_loaded() and asked_kernels()[0] != "xla":
+        return _product_per_platform(x, w, input_gradient)
+    return _product_with(chosen_kernels(), x, w, input_gradient)
 
 
-def _product_xla(x: Array, w: NF4Tensor, target: str) -> Array:
+@functools.partial(jax.jit, static_argnums=2)
+def _product_per_platform(x: Array, w: NF4Tensor, input_gradient: bool) -> Array:
+    # Under jit the platform is that of the operands, also where it is not JAX's default.
+    def on(platform: str) -> Callable[[Array, NF4Tensor], Array]:
+        def run(x: Array, w: NF4Tensor) -> Array:
+            try:
+                if platform == "cuda":
+                    kernels = cuda_route(x.shape[0], w, str(x.dtype), input_gradient=input_gradient)
+                else:
+                    kernels = chosen_kernels(platform)
+            except RuntimeError as refusal:
+                result = jax.ShapeDtypeStruct((x.shape[0], w.local_shape[0 if input_gradient else 1]), x.dtype)
+                return vary_like(refuse(str(refusal), result), (x, w))
+            return _product_with(kernels, x, w, input_gradient)
+
+        return run
+
+    return per_platform(x, w, cuda=on("cuda"), cpu=on("cpu"), default=on("this platform"))
+
+
+def _product_with(kernels: str, x: Array, w: NF4Tensor, input_gradient: bool) -> Array:
+    if kernels == "ffi":
+        return multiply(x, as_rows(w) if w.layout == "fragments" else w, input_gradient=input_gradient)
+    if kernels in ROUTE_CODES:
+        return multiply(x, w, input_gradient=input_gradient, cuda_route=kernels)
+    if kernels == "dequantize":
+        return _dequantize_and_dot(x, w, input_gradient)
+    return _product_xla(x, w, input_gradient)
+
+
+def _product_xla(x: Array, w: NF4Tensor, input_gradient: bool) -> Array:
     # The barrier keeps XLA from dequantizing every layer of a model before the first product.
     w, x = jax.lax.optimization_barrier((w, x))
-    dense = dequantize(w, x.dtype)
-    contracting = ((1,), (0 if target == MATMUL_TARGET else 1,))
+    contracting = ((1,), (1 if input_gradient else 0,))
     y = jax.lax.dot_general(
-        x, dense, (contracting, ((), ())), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        x,
+        decode(w, x.dtype),
+        (contracting, ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
     )
     return y.astype(x.dtype)
 
 
-def _product_ffi(x: Array, w: NF4Tensor, target: str, result: jax.ShapeDtypeStruct) -> Array:
-    n_layers = w.num_layers or 1
-    # Without double quantization the second-level operands are never read.
-    scale = jnp.zeros((n_layers, 1), jnp.float32) if w.absmax_scale is None else w.absmax_scale
-    offset = jnp.zeros((n_layers,), jnp.float32) if w.absmax_offset is None else w.absmax_offset
-    operands = (
+def _dequantize_and_dot(x: Array, w: NF4Tensor, input_gradient: bool) -> Array:
+    # The kernel's call hangs on x through the three integers of `where`. So it cannot run before x is there; the
+    # backward pass, which hangs on dy, is another call, which XLA cannot merge with the forward one to keep its dense
+    # weight in between; and nothing as large as a stack goes through the barrier.
+    where = jnp.zeros(3, jnp.int32) if w.where is None else w.where
+    x, where = jax.lax.optimization_barrier((x, where))
+    dense = dequantize_rows(dataclasses.replace(w, where=where), x.dtype)
+    # The sum is in float32 whatever the result's dtype; a 16-bit result with no cast after it lets XLA add an adapter's
+    # product inside this one (nn/lora.py). HIGHEST: a GPU's default for float32 is TF32, with 10 bits of mantissa.
+    return jax.lax.dot_general(
         x,
-        w.packed.reshape(n_layers, -1),
-        w.absmax.reshape(n_layers, -1),
-        scale.reshape(n_layers, -1),
-        offset.reshape(n_layers),
-        jnp.zeros(3, jnp.int32) if w.where is None else w.where,
+        dense,
+        (((1,), (0 if input_gradient else 1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=x.dtype,
     )
-    y = jax.ffi.ffi_call(target, result)(
-        *operands,
-        row_blocks=np.int64(0 if w.is_flat else w.shape[0] // w.block_size),
-        block_size=np.int64(w.block_size),
-        weight_dtype=np.int64(_WEIGHT_DTYPES[w.dtype]),
-    )
-    # Inside shard_map a foreign call's result is typed as equal on all devices; it varies where an operand does.
-    return _vary_like(y, operands)
-
-
-def _vary_like(x: Array, others: Any) -> Array:
-    """Casts x to vary over every mesh axis of shard_map over which one of `others` varies; itself elsewhere."""
-
-    def axes(array: Array) -> set[str]:
-        return set(jax.typeof(array).manual_axis_type.varying)
-
-    missing = set().union(*(axes(leaf) for leaf in jax.tree.leaves(others))) - axes(x)
-    return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
-
-
-def _extents(w: NF4Tensor) -> tuple[int, int]:
-    """(in, out) of the local buffers: a shard's are smaller than the static shape."""
-    if w.is_flat:
-        return w.shape
-    return w.packed.shape[-1] * 2, w.packed.shape[-2]

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from qlora_jax.nf4 import dequantize, quantize
-from qlora_jax.nf4.blockwise import decode_absmax
 from qlora_jax.nf4.codebook import DYNAMIC_MAP, NF4_CODE, NF4_THRESHOLDS
+from qlora_jax.nf4.decode import decode_absmax
 
 ARRAYS = np.load(Path(__file__).parents[1] / "golden" / "nf4_golden.npz")
 CASES: dict[str, Any] = json.loads(bytes(ARRAYS["meta_json"]))["cases"]

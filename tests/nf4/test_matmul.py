@@ -1,4 +1,7 @@
-"""nf4_matmul: numbers, the transformations of JAX, memory, refusals. Every test runs on each kind of kernels."""
+"""nf4_matmul: numbers, the transformations of JAX, memory, refusals. Every test runs on each kind of kernels.
+
+"per-platform" are the compiled kernels again, in programs that are traced for CUDA as well.
+"""
 
 import functools
 
@@ -9,6 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from qlora_jax.nf4 import dequantize, kernel_report, nf4_matmul, quantize, use_kernels
+from qlora_jax.nf4 import kernels as kernels_module
 from qlora_jax.nf4.kernels import chosen_kernels
 
 # Design table: relative Frobenius error against float64 over the dequantized weight, outputs of >= 4096 elements.
@@ -17,10 +21,15 @@ BOUNDS = {"bfloat16": 1.8e-3, "float16": 2.3e-4, "float32": 2e-6}
 SHAPES = [(64, 64), (576, 192), (1536, 576), (50, 33), (100, 7)]
 
 
-@pytest.fixture(autouse=True, params=["xla", "ffi"])
-def kernels(request):
-    with use_kernels(request.param):
-        yield request.param
+@pytest.fixture(autouse=True, params=["xla", "ffi", "per-platform"])
+def kernels(request, monkeypatch):
+    if request.param == "per-platform":
+        request.getfixturevalue("cuda_loaded")
+    else:
+        monkeypatch.setitem(kernels_module._REPORT, "cuda", "not built")
+    choice = "xla" if request.param == "xla" else "ffi"
+    with use_kernels(choice):
+        yield choice
 
 
 def normal(*shape: int, dtype: str = "bfloat16", seed: int = 0, scale: float = 1.0) -> jax.Array:
@@ -236,7 +245,9 @@ def test_the_environment_variable_chooses_and_is_checked(monkeypatch, kernels):
         monkeypatch.setenv("QLORA_JAX_KERNELS", "xla")
         assert chosen_kernels() == "xla"
         monkeypatch.setenv("QLORA_JAX_KERNELS", "cuda")
-        with pytest.raises(ValueError, match="QLORA_JAX_KERNELS must be one of auto, ffi, xla, got 'cuda'"):
+        with pytest.raises(
+            ValueError, match=r"QLORA_JAX_KERNELS must be one of auto, ffi, xla, skinny, tile, dequantize, got 'cuda'"
+        ):
             chosen_kernels()
     with pytest.raises(ValueError, match="got 'fast'"), use_kernels("fast"):
         pass

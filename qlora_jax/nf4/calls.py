@@ -1,0 +1,71 @@
+"""The compiled kernels as functions of JAX arrays: operands and attributes of the XLA FFI calls, the same everywhere.
+
+Every call takes the whole stack of layers and says in `where` which layer, and which part of the unsharded weight, is
+meant: nothing is sliced.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from qlora_jax.nf4.kernels import DEQUANTIZE_TARGET, MATMUL_DX_TARGET, MATMUL_TARGET, ROUTE_CODES
+from qlora_jax.nf4.layout import LAYOUT_CODES
+from qlora_jax.nf4.platforms import vary_like
+from qlora_jax.nf4.tensor import NF4Tensor
+
+# Value of the attribute `weight_dtype`.
+DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
+
+
+def multiply(x: Array, w: NF4Tensor, *, input_gradient: bool, cuda_route: str | None = None) -> Array:
+    """`x @ w`, or `x @ w.T` for the gradient, by one kernel.
+
+    Args:
+      x: `[m, in]`, or `[m, out]`, m > 0.
+      w: a weight in layout "rows" for the CPU, "fragments" for CUDA.
+      cuda_route: "skinny" or "tile" on CUDA; None: the CPU's kernel.
+    """
+    result = jax.ShapeDtypeStruct((x.shape[0], w.local_shape[0 if input_gradient else 1]), x.dtype)
+    attributes = _attributes(w)
+    if cuda_route is not None:
+        attributes |= {"layout": np.int64(LAYOUT_CODES[w.layout]), "route": np.int64(ROUTE_CODES[cuda_route])}
+    operands = (x, *_operands(w))
+    y = jax.ffi.ffi_call(MATMUL_DX_TARGET if input_gradient else MATMUL_TARGET, result)(*operands, **attributes)
+    # Inside shard_map a foreign call's result is typed as equal on all devices; it varies where an operand does.
+    return vary_like(y, operands)
+
+
+def dequantize_rows(w: NF4Tensor, dtype: Any) -> Float[Array, "out in"]:
+    """The dense weight `[out, in]` by one launch, on CUDA; rounded to `w.dtype`, then to `dtype`."""
+    in_features, out_features = w.local_shape
+    operands = _operands(w)
+    call = jax.ffi.ffi_call(
+        DEQUANTIZE_TARGET, jax.ShapeDtypeStruct((out_features, in_features), dtype), vmap_method="sequential"
+    )
+    return vary_like(call(*operands, **_attributes(w), layout=np.int64(LAYOUT_CODES[w.layout])), operands)
+
+
+def _operands(w: NF4Tensor) -> tuple[Array, ...]:
+    """packed `[L, bytes]`, absmax `[L, blocks]`, absmax_scale `[L, groups]`, absmax_offset `[L]`, where `[3]`."""
+    n_layers = w.num_layers or 1
+    # Without double quantization the second-level operands are never read.
+    scale = jnp.zeros((n_layers, 1), jnp.float32) if w.absmax_scale is None else w.absmax_scale
+    offset = jnp.zeros((n_layers,), jnp.float32) if w.absmax_offset is None else w.absmax_offset
+    return (
+        w.packed.reshape(n_layers, -1),
+        w.absmax.reshape(n_layers, -1),
+        scale.reshape(n_layers, -1),
+        offset.reshape(n_layers),
+        jnp.zeros(3, jnp.int32) if w.where is None else w.where,
+    )
+
+
+def _attributes(w: NF4Tensor) -> dict[str, np.int64]:
+    return {
+        "row_blocks": np.int64(0 if w.is_flat else w.shape[0] // w.block_size),
+        "block_size": np.int64(w.block_size),
+        "weight_dtype": np.int64(DTYPE_CODES[w.dtype]),
+    }
