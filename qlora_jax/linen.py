@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from qlora_jax.errors import UserError
 from qlora_jax.nf4 import NF4Tensor, nf4_matmul
-from qlora_jax.nn.dense import freeze
+from qlora_jax.nn.dense import check_fit, freeze
 from qlora_jax.nn.lora import check_adapter, init_adapter, lora_a_init, lora_branch, take_key
 from qlora_jax.nn.products import frozen_product
 from qlora_jax.nn.surgery import DEFAULT_SKIP
@@ -72,12 +72,16 @@ class nf4_dense(nn.Module):
         x = jnp.asarray(x, self.dtype)
         in_features = x.shape[-1]
         kernel = self.variable("nf4", "kernel", self._init_kernel, in_features).value
-        y = nf4_matmul(x, kernel) if isinstance(kernel, NF4Tensor) else frozen_product(x, kernel)
+        check_fit(x, kernel)
+        branch = None
         if self.rank > 0:
             a = self.param("lora_a", self.a_init, (in_features, self.rank), jnp.float32)
             b = self.param("lora_b", nn.initializers.zeros, (self.rank, self.features), jnp.float32)
             key = self.make_rng("dropout") if self.dropout > 0 and self.has_rng("dropout") else None
-            y = y + lora_branch(x, a, b, scaling=self.alpha / self.rank, dropout=self.dropout, key=key)
+            branch = lora_branch(x, a, b, scaling=self.alpha / self.rank, dropout=self.dropout, key=key)
+        y = nf4_matmul(x, kernel) if isinstance(kernel, NF4Tensor) else frozen_product(x, kernel)
+        if branch is not None:
+            y = y + branch  # in this order: see nn/lora.py
         if self.use_bias:
             bias = self.variable("nf4", "bias", jnp.zeros, (self.features,), jnp.float32).value
             y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))

@@ -16,7 +16,8 @@ from qlora_jax.checkpoints.source import Checkpoint, open_checkpoint
 from qlora_jax.errors import UserError, UserErrors
 from qlora_jax.models.config import BLOCK_LINEARS, BLOCK_NORMS, LlamaConfig
 from qlora_jax.models.llama import Llama
-from qlora_jax.nf4 import NF4Tensor, quantize
+from qlora_jax.nf4 import NF4Tensor, device_layout, quantize
+from qlora_jax.nf4.placement import platform_of
 from qlora_jax.nn import add_lora
 from qlora_jax.nn.traversal import matching
 
@@ -42,7 +43,8 @@ def load_model(
     Tensors are read one after the other and quantized as they arrive: host memory holds one of them and one stack of
     quantized layers, never the model in 16 bits. Linears keep the checkpoint's dtype (`kernel.dtype`) where that is
     bfloat16 or float16; a float32 checkpoint's linears are rounded to bfloat16 first. Embeddings, norms, biases and the
-    head stay dense, with the checkpoint's values and dtype.
+    head stay dense, with the checkpoint's values and dtype. On a GPU with CUDA kernels 4-bit weights have their layout
+    ("fragments"), each tensor repacked before the next one is read.
 
     Args:
       path: an HF folder, a .gguf file, a hub name, or what `open_checkpoint` returned for one.
@@ -67,7 +69,9 @@ def load_model(
     _check_tensors(checkpoint, config)
     encode: _Encode = _to_kernel
     if quant_type is not None:
-        encode = functools.partial(_to_nf4, quant_type=quant_type, block_size=block_size, double_quant=double_quant)
+        encode = functools.partial(
+            _to_nf4, quant_type=quant_type, block_size=block_size, double_quant=double_quant, platform=platform_of()
+        )
     reader = _Reader(checkpoint, config.num_hidden_layers, progress)
     layers: dict[str, Any] = {norm: {"weight": reader.stack(f"{norm}.weight", _as_is)} for norm in BLOCK_NORMS}
     for linear in BLOCK_LINEARS:
@@ -151,12 +155,14 @@ def _to_kernel(weight: Float[Array, "out in"]) -> tuple[Float[Array, "in out"], 
     return weight.T, jnp.isfinite(weight).all()
 
 
-@functools.partial(jax.jit, static_argnames=("quant_type", "block_size", "double_quant"))
+@functools.partial(jax.jit, static_argnames=("quant_type", "block_size", "double_quant", "platform"))
 def _to_nf4(
-    weight: Float[Array, "out in"], *, quant_type: str, block_size: int, double_quant: bool
+    weight: Float[Array, "out in"], *, quant_type: str, block_size: int, double_quant: bool, platform: str
 ) -> tuple[NF4Tensor, Array]:
     weight = _in_16_bits(weight)
-    return quantize(weight.T, quant_type, block_size, double_quant), jnp.isfinite(weight).all()
+    out_features, in_features = weight.shape
+    layout = device_layout((in_features, out_features), block_size, platform)
+    return quantize(weight.T, quant_type, block_size, double_quant, layout=layout), jnp.isfinite(weight).all()
 
 
 def _in_16_bits(weight: Array) -> Array:

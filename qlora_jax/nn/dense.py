@@ -9,7 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from qlora_jax.errors import UserError
-from qlora_jax.nf4 import NF4Tensor, nf4_matmul, quantize
+from qlora_jax.nf4 import NF4Tensor, device_layout, nf4_matmul, place, quantize
+from qlora_jax.nf4.matmul import check_operands
+from qlora_jax.nf4.placement import platform_of
 from qlora_jax.nn.lora import check_adapter, init_adapter, lora_a_init, lora_branch, take_key
 from qlora_jax.nn.products import frozen_product
 from qlora_jax.nn.variables import FrozenParam, NF4Param
@@ -153,8 +155,8 @@ class nf4_dense(nnx.Module):
         """A layer around a kernel that exists: quantized already, or an array to quantize here.
 
         Args:
-          kernel: NF4Tensor (taken as it is; quant_type, block_size and double_quant are then its own), or a floating
-            array `[in, out]`, `[L, in, out]`.
+          kernel: NF4Tensor (taken as it is, in the layout for the device that holds it; quant_type, block_size and
+            double_quant are then its own), or a floating array `[in, out]`, `[L, in, out]`.
           bias: `[out]`, `[L, out]`, or None.
           rngs: keys for the adapter (stream `params`) or one key; needed where rank > 0.
           rank, alpha, dropout, quant_type, block_size, double_quant, dtype, a_init: see nf4_dense.
@@ -214,11 +216,15 @@ class nf4_dense(nnx.Module):
         """
         x = jnp.asarray(x, self.dtype)
         kernel = self.kernel.get_value()
-        y = nf4_matmul(x, kernel) if isinstance(kernel, NF4Tensor) else _frozen_matmul(x, kernel)
+        check_fit(x, kernel)
+        branch = None
         if self.lora_a is not None and self.lora_b is not None:
             key = take_key(rngs, "dropout") if rngs is not None and self.dropout > 0 else None
             a, b = self.lora_a.get_value(), self.lora_b.get_value()
-            y = y + lora_branch(x, a, b, scaling=self.scaling, dropout=self.dropout, key=key)
+            branch = lora_branch(x, a, b, scaling=self.scaling, dropout=self.dropout, key=key)
+        y = nf4_matmul(x, kernel) if isinstance(kernel, NF4Tensor) else frozen_product(x, kernel)
+        if branch is not None:
+            y = y + branch  # in this order: see lora.py
         if self.bias is not None:
             y = y + self.bias.get_value().astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return y
@@ -267,16 +273,29 @@ def not_plain(linear: nnx.Module) -> str | None:
 
 
 def freeze(kernel: NF4Tensor | Array, quant_type: str | None, block_size: int, double_quant: bool) -> NF4Tensor | Array:
-    """The frozen form of a kernel: quantized, or as it is where it is quantized already or quant_type is None."""
+    """The frozen form of a kernel: quantized, or as it is where it is quantized already or quant_type is None.
+
+    4-bit weights get the layout that suits the device they are on (see device_layout).
+    """
     if isinstance(kernel, NF4Tensor):
-        return kernel
+        return place(kernel)
     kernel = jnp.asarray(kernel)
-    return kernel if quant_type is None else quantize(kernel, quant_type, block_size, double_quant)
+    if quant_type is None:
+        return kernel
+    in_features, out_features = kernel.shape[-2:]
+    layout = device_layout((in_features, out_features), block_size, platform_of(kernel))
+    return quantize(kernel, quant_type, block_size, double_quant, layout=layout)
 
 
-def _frozen_matmul(x: Array, kernel: Array) -> Array:
-    if kernel.ndim == 3:
+def check_fit(x: Array, kernel: NF4Tensor | Array) -> None:
+    """Whether x can be multiplied by a layer's kernel: said of the kernel before the adapter sees x.
+
+    Raises:
+      TypeError, ValueError: as nf4_matmul; for a dense kernel, a stack or another number of features.
+    """
+    if isinstance(kernel, NF4Tensor):
+        check_operands(x, kernel)
+    elif kernel.ndim == 3:
         raise ValueError(f"the kernel is a stack of {kernel.shape[0]} layers: use scan_layers")
-    if x.ndim == 0 or x.shape[-1] != kernel.shape[0]:
+    elif x.ndim == 0 or x.shape[-1] != kernel.shape[0]:
         raise ValueError(f"x of shape {x.shape} does not fit a kernel of shape {kernel.shape}")
-    return frozen_product(x, kernel)

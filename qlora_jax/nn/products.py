@@ -2,11 +2,18 @@
 
 Written with their own derivatives, because JAX's for such a product multiplies float32 by 16-bit operands, which is
 slower, and rounds the gradient of a float32 matrix to x's dtype.
+
+On CUDA a 16-bit result is asked for as such: XLA's products sum in float32 there in any case, and only a product with
+no cast after it can add to another's result as it writes, and be added to (see lora.py).
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from qlora_jax.nf4.platforms import per_platform
 
 
 def mixed_product(x: Float[Array, "*batch k"], w: Float[Array, "k n"]) -> Float[Array, "*batch n"]:
@@ -58,15 +65,19 @@ _frozen_product.defvjp(_frozen_product_fwd, _frozen_product_bwd)
 
 def _dot(x: Array, w: Array, w_axis: int, dtype: jax.typing.DTypeLike | None = None) -> Array:
     """Contracts the last axis of x with axis `w_axis` of w; rounds once, to `dtype` or x's."""
-    # HIGHEST: the default precision of float32 products on a GPU is TF32, with 10 bits of mantissa.
-    y = jax.lax.dot_general(
-        x,
-        w,
-        (((x.ndim - 1,), (w_axis,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    return y.astype(dtype or x.dtype)
+    dimensions = (((x.ndim - 1,), (w_axis,)), ((), ()))
+
+    def in_float32(x: Array, w: Array) -> Array:
+        # HIGHEST: the default precision of float32 products on a GPU is TF32, with 10 bits of mantissa.
+        y = jax.lax.dot_general(
+            x, w, dimensions, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        )
+        return y.astype(dtype or x.dtype)
+
+    if x.dtype == jnp.float32 or dtype not in (None, x.dtype):
+        return in_float32(x, w)
+    narrow = functools.partial(jax.lax.dot_general, dimension_numbers=dimensions, preferred_element_type=x.dtype)
+    return per_platform(x, w, cuda=narrow, default=in_float32)
 
 
 def _as_varying(value: Array, other: Array) -> Array:

@@ -13,7 +13,7 @@ from flax import nnx
 from qlora_jax.errors import UserError
 from qlora_jax.models.config import BLOCK_LINEARS
 from qlora_jax.models.loading import load_model
-from qlora_jax.nf4 import quantize
+from qlora_jax.nf4 import quantize, use_layout
 from qlora_jax.nn import FrozenParam, NF4Param
 
 
@@ -44,6 +44,22 @@ def test_stacks_hold_the_bytes_of_each_layer_quantized_alone(memory_checkpoint) 
     np.testing.assert_array_equal(model.lm_head.weight.get_value(), checkpoint.values("lm_head.weight"))
     np.testing.assert_array_equal(model.embed_tokens.weight.get_value(), checkpoint.values("model.embed_tokens.weight"))
     assert not jax.tree.leaves(nnx.state(model, nnx.Param))
+
+
+def test_weights_that_land_on_a_gpu_get_its_layout(memory_checkpoint, monkeypatch) -> None:
+    checkpoint = memory_checkpoint()
+    rows = load_model(checkpoint)
+    with use_layout("fragments"), monkeypatch.context() as patch:
+        patch.delattr("qlora_jax.nf4.tensor._permute")  # tensor by tensor: a whole stack is never repacked
+        model = load_model(checkpoint)
+    for name in BLOCK_LINEARS:
+        stack, expected = (linear(m, name).kernel.get_value() for m in (model, rows))
+        moved = expected.to_layout("fragments")
+        assert jax.tree.structure(stack) == jax.tree.structure(moved)
+        for left, right in zip(jax.tree.leaves(stack), jax.tree.leaves(moved), strict=True):
+            np.testing.assert_array_equal(left, right)
+    ids = jnp.arange(6)[None] % 11
+    np.testing.assert_array_equal(model(ids), rows(ids))
 
 
 def test_golden_folder_gives_bitsandbytes_bytes(golden_dir: Path) -> None:
