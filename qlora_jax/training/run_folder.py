@@ -236,10 +236,10 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def describe_environment() -> dict[str, Any]:
-    """What a run's numbers depend on: versions, devices, which kernels are loaded, the CPU."""
+    """What a run's numbers depend on: versions, devices, which kernels are loaded and when each runs, the CPU."""
     import jax
 
-    from qlora_jax.nf4 import kernel_report
+    from qlora_jax.nf4 import dispatch_report, kernel_report
 
     versions = {}
     for package in _PACKAGES:
@@ -256,6 +256,7 @@ def describe_environment() -> dict[str, Any]:
         "backend": jax.default_backend(),
         "devices": [device.device_kind for device in jax.devices()],
         "kernels": kernel_report(),
+        "dispatch": dispatch_report(),
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith(_VARIABLES)},
     }
 

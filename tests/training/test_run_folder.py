@@ -23,6 +23,8 @@ def test_create_writes_the_resolved_configuration_and_the_environment(tmp_path):
     assert {"python", "cpu", "versions", "devices", "kernels"} <= set(environment)
     assert environment["versions"]["jax"][0].isdigit()
     assert environment["kernels"]["cpu"]
+    assert environment["dispatch"]["asked"] in ("auto", "ffi", "xla")
+    assert (environment["dispatch"]["cuda"] is not None) == (environment["kernels"]["cuda"] == "loaded")
     assert sorted(path.name for path in folder.path.iterdir()) == ["config.yaml", "environment.json"]
 
 
