@@ -105,3 +105,6 @@ class Kernel:
 def kernels(operation: str, *tokens: int) -> list[Kernel]:
     """The kernels of a direction, of both dtypes."""
     return [Kernel(operation, dtype, count) for dtype in LIMITS for count in tokens]
+
+
+ALL_KERNELS = [kernel for operation in ("forward", "dx") for kernel in kernels(operation, *SHAPES)]

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from packed_weight import DTYPES, PackedWeight, make_weight
-from products import SHAPES, Kernel, kernels
+from products import ALL_KERNELS, SHAPES, Kernel
 from ptx_interpreter import DeviceMemory, Launch
 from replay import dequantize, execute
 
@@ -69,9 +69,7 @@ def count_product(kernel: Kernel, contraction: int) -> Launch:
     return kernel.run(weight, kernel.activations(rng, kernel.tokens, weight, "normal"), profile=True).launches[0]
 
 
-@pytest.mark.parametrize(
-    "kernel", [*kernels("forward", 8, 16, 32, 64, 128), *kernels("dx", 8, 16, 32, 64, 128)], ids=str
-)
+@pytest.mark.parametrize("kernel", ALL_KERNELS, ids=str)
 def test_product(kernel: Kernel, budgets: Budgets):
     shape = SHAPES[kernel.tokens]
     contraction = 64 * shape["k_groups"] * (shape["stages"] + 1)
