@@ -130,6 +130,8 @@ def test_bulk_copy_to_shared_memory(lanewise, seed):
     body = INIT.replace("COUNT", "1") + BULK.replace("EXPECT", "512") + waiting(0) + LOAD
     got, launch = run(lanewise, body, options={"seed": seed})
     np.testing.assert_array_equal(got, A.reshape(32, 4))
+    pc = next(pc for pc in launch.counters.global_ if "bulk" in launch.kernel.instructions[pc].opcode)
+    assert launch.counters.global_[pc] == [1, 16, 16, 512]  # requests, sectors, ideal, bytes
     assert launch.classes()["cp.async.bulk"] > 0
 
 

@@ -275,6 +275,7 @@ def test_parser_keeps_scopes_apart():
     .reg .b32 %r<4>; .reg .b64 %d; .reg .pred %p;
     mov.u32 %r1, 3; // a comment; with a semicolon
     { .reg .b32 t; mov.u32 t, 1; L: add.u32 %r1, %r1, t; setp.lt.u32 %p, %r1, 10; @%p bra L; }
+    { .reg .b32 %r<4>; mov.u32 %r1, 77; }
     { .reg .b32 t; mov.u32 t, 100; L: add.u32 %r1, %r1, t; setp.lt.u32 %p, %r1, 300; @%p bra L; } /* done */
     ld.param.u64 %d, [out]; st.global.u32 [%d], %r1; ret; }"""
     module = Module(text)

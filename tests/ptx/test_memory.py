@@ -80,6 +80,9 @@ def test_global_bounds_and_alignment(lanewise):
         lanewise(GLOBAL + "ld.global.u32 %d, [%y1+2];", {"d": np.uint32}, a=np.arange(40, dtype=np.uint32), threads=32)
     with pytest.raises(PTXError, match=r"misaligned global access \(16 bytes\)"):
         lanewise(GLOBAL + "ld.global.v4.u32 {%d,_,_,_}, [%y1];", {"d": np.uint32}, a=A, threads=16)
+    wide = GLOBAL.replace("%thread, 4", "%thread, 16") + "ld.global.v4.u32 {%d,_,_,_}, [%y1];"
+    with pytest.raises(PTXError, match=r"global read out of bounds: tid 7 .* 16 bytes"):  # it starts inside
+        lanewise(wide, {"d": np.uint32}, a=A[:30], threads=8)
     with pytest.raises(PTXError, match="out of bounds"):  # an address nobody computed
         lanewise("ld.global.u32 %d, [%y5];", {"d": np.uint32}, a=A)
 
