@@ -1,4 +1,4 @@
-"""XLA's own GPU compiler without a GPU: `gpu_compile(jitted, *args)` compiles for an H100 and returns buffer sizes.
+"""XLA's own GPU compiler without a GPU: `gpu_compile(jitted, *args)` compiles for an H100; sizes of buffers, HLO.
 
 The program is traced on CPU devices, so that memory kinds such as pinned_host survive (compile-only devices have no
 memories), lowered for "cuda", and given to the compile-only client of a topology made from `h100.txtpb`. Nothing is
@@ -25,9 +25,16 @@ sys.path.append(str(Path(__file__).parent))  # the rooms beside this file, which
 
 @dataclass(frozen=True)
 class Compiled:
-    """Sizes in bytes. `device_peak`: arguments, temporaries and results in device memory, aliased ones once."""
+    """Sizes in bytes. `device_peak`: arguments, temporaries and results in device memory, aliased ones once.
+
+    `aliased`: results that take the place of donated arguments. `hlo`: the optimized program.
+    """
 
     device_peak: int
+    temp: int
+    output: int
+    aliased: int
+    hlo: str
     host_arguments: int
     host_aliased: int
     host_temp: int
@@ -54,14 +61,15 @@ def gpu_compile() -> Callable[..., Compiled]:
     topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET.read_text(), topology="1x1x1")
     client = topology.devices[0].client
 
-    def compile_for_gpu(jitted: Any, *args: Any) -> Compiled:
+    def compile_for_gpu(jitted: Any, *args: Any, **xla_options: Any) -> Compiled:
         module = jitted.trace(*args).lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
         options = compiler.get_compile_options(
             num_replicas=1,
             num_partitions=1,
             device_assignment=np.zeros((1, 1), np.int64),
             backend=client,
-            env_options_overrides={"xla_gpu_autotune_level": "0"},  # autotuning would run kernels
+            # Autotuning would run kernels.
+            env_options_overrides={"xla_gpu_autotune_level": "0"} | xla_options,
         )
         options.executable_build_options.use_shardy_partitioner = True
         devices = xla_client.DeviceList(tuple(topology.devices[:1]))
@@ -72,6 +80,10 @@ def gpu_compile() -> Callable[..., Compiled]:
             + m.temp_size_in_bytes
             + m.output_size_in_bytes
             - m.alias_size_in_bytes,
+            temp=m.temp_size_in_bytes,
+            output=m.output_size_in_bytes,
+            aliased=m.alias_size_in_bytes,
+            hlo=executable.hlo_modules()[0].to_string(),
             host_arguments=m.host_argument_size_in_bytes,
             host_aliased=m.host_alias_size_in_bytes,
             host_temp=m.host_temp_size_in_bytes,
