@@ -1,5 +1,7 @@
 """What a run may be accused of, and where it is written down."""
 
+from typing import NoReturn
+
 from .parser import Kernel
 from .ptx_types import PTXError
 
@@ -30,7 +32,7 @@ class Reports:
         self.fatal = fatal
         self.found: dict[tuple[str, int], str] = {}
 
-    def fail(self, pc: int, message: str) -> None:
+    def fail(self, pc: int, message: str) -> NoReturn:
         """Stops the run: nothing after this could be trusted."""
         raise PTXError(f"{self.kernel.name}: {message}\n    at PTX #{pc}: {self.text(pc, 140)}")
 
