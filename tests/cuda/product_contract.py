@@ -21,9 +21,9 @@ class ProductContract:
     def test_full_tile(self, kernel: Kernel):
         kernel.check_random(kernel.tokens, kernel.long_contraction, kernel.rows, BOTH)
 
-    @pytest.mark.parametrize("missing", [1, 3])
-    def test_ragged_tokens(self, kernel: Kernel, missing: int):
-        kernel.check_random(kernel.tokens - missing, 192, kernel.rows, BOTH)
+    def test_ragged_tokens(self, kernel: Kernel):
+        kernel.check_random(kernel.tokens - 3, 192, kernel.rows, BOTH)
+        kernel.check_random(kernel.tokens - 1, 64, 64)
 
     def test_ragged_outputs(self, kernel: Kernel):
         if kernel.operation == "dx":  # whole steps of 64: half a block of outputs where it has 128
@@ -36,7 +36,7 @@ class ProductContract:
         for offset in (1, 4):
             kernel.check_random(kernel.tokens - 1, 128, 64, run={"x_offset": offset})
 
-    @pytest.mark.parametrize("where", [1, 2, 7, -3])
+    @pytest.mark.parametrize("where", [1, 7, -3])
     def test_layer_view(self, kernel: Kernel, where: int):
         rng = np.random.default_rng(where + 9)
         stack = some_weight(kernel, rng, layers=3, layer=where, values="exact")
@@ -95,7 +95,7 @@ class ProductContract:
         np.testing.assert_array_equal(y[:, written].astype(np.float32), expected[:, written].astype(np.float32))
         assert (y[:, ~written].view(np.uint16) == 0xFFFF).all()
 
-    @pytest.mark.parametrize("splits", [2, 3, 7])
+    @pytest.mark.parametrize("splits", [3, 7])
     def test_split_contraction(self, kernel: Kernel, splits: int):
         outputs = 64 if kernel.operation == "dx" else 101
         kernel.check_random(kernel.tokens - 1, 7 * 64, outputs, run={"splits": splits})
@@ -127,29 +127,27 @@ class ProductContract:
         other = kernel.run(weight, x, packed=pack_fragments(weight.codes, padding=15)).output
         np.testing.assert_array_equal(other.view(np.uint16), y.view(np.uint16))
 
-    @pytest.mark.parametrize("value", [np.nan, np.inf])
-    def test_a_bad_token_spoils_itself_alone(self, kernel: Kernel, value: float):
+    def test_a_bad_token_spoils_itself_alone(self, kernel: Kernel):
         rng = np.random.default_rng(12)
         weight = some_weight(kernel, rng, values="exact")
         x = kernel.activations(rng, kernel.tokens, weight, "exact")
         expected = kernel.expected(x, weight).astype(x.dtype).astype(np.float32)
-        x[2, 70] = value
+        x[2, 70], x[5, 3] = np.nan, np.inf
         y = kernel.run(weight, x).output.astype(np.float32)
-        others = np.arange(len(x)) != 2
-        assert not np.isfinite(y[2]).any()
-        np.testing.assert_array_equal(y[others], expected[others])
+        spoilt = np.isin(np.arange(len(x)), (2, 5))
+        assert not np.isfinite(y[spoilt]).any()
+        np.testing.assert_array_equal(y[~spoilt], expected[~spoilt])
 
-    @pytest.mark.parametrize("value", [np.nan, np.inf])
-    def test_a_bad_scale_spoils_its_block_alone(self, kernel: Kernel, value: float):
+    def test_a_bad_scale_spoils_its_block_alone(self, kernel: Kernel):
         rng = np.random.default_rng(13)
         weight = some_weight(kernel, rng, values="exact", double_quantized=False)
         x = kernel.activations(rng, kernel.tokens, weight, "exact")
         expected = kernel.expected(x, weight).astype(x.dtype).astype(np.float32)
-        row, block = 66, 1
-        weight.absmax[0, row * weight.row_blocks + block] = value
+        scales = weight.absmax.reshape(weight.out_features, -1)
+        scales[66, 1], scales[9, 2] = np.nan, np.inf
         y = kernel.run(weight, x).output.astype(np.float32)
         spoilt = np.zeros(y.shape[1], bool)
-        spoilt[slice(64, 128) if kernel.operation == "dx" else row] = True
+        spoilt[slice(64, 192) if kernel.operation == "dx" else [9, 66]] = True
         assert not np.isfinite(y[:, spoilt]).any()
         np.testing.assert_array_equal(y[:, ~spoilt], expected[:, ~spoilt])
 
