@@ -71,7 +71,7 @@ def _kernels(backend: str, devices: list[dict[str, Any]], driver: Driver) -> dic
 
     status = kernel_report()
     cpu, cuda = _library("_cpu"), _library("_cuda")
-    architectures = cuda.architectures().split(", ") if cuda is not None and status["cuda"] == "loaded" else []
+    architectures = cuda.architectures().split(", ") if cuda is not None else []
     try:
         # A variable that holds no known word raises.
         dispatch: dict[str, Any] = dispatch_report()
@@ -129,7 +129,7 @@ def _library(name: str) -> Any:
     from qlora_jax.nf4 import kernels
 
     try:
-        return kernels._find(f"qlora_jax._lib.{name}")
+        return kernels.load_module(name)
     except Exception:
         return None
 

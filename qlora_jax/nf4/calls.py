@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from qlora_jax.nf4.dispatch import contraction_splits
 from qlora_jax.nf4.kernels import DEQUANTIZE_TARGET, MATMUL_DX_TARGET, MATMUL_TARGET, ROUTE_CODES
 from qlora_jax.nf4.layout import LAYOUT_CODES
 from qlora_jax.nf4.platforms import vary_like
@@ -28,12 +29,19 @@ def multiply(x: Array, w: NF4Tensor, *, input_gradient: bool, cuda_route: str | 
       w: a weight in layout "rows" for the CPU, "fragments" for CUDA.
       cuda_route: "skinny" or "tile" on CUDA; None: the CPU's kernel.
     """
-    result = jax.ShapeDtypeStruct((x.shape[0], w.local_shape[0 if input_gradient else 1]), x.dtype)
+    rows, outputs = x.shape[0], w.local_shape[0 if input_gradient else 1]
+    results = [jax.ShapeDtypeStruct((rows, outputs), x.dtype)]
     attributes = _attributes(w)
     if cuda_route is not None:
         attributes |= {"layout": np.int64(LAYOUT_CODES[w.layout]), "route": np.int64(ROUTE_CODES[cuda_route])}
+        in_features, out_features = w.local_shape
+        splits = contraction_splits(cuda_route, rows, in_features, out_features, input_gradient=input_gradient)
+        if splits > 1:
+            # Partial sums are a result, not scratch memory of the call: a CUDA graph replays the launches without the
+            # call, when its scratch memory would long be another's.
+            results.append(jax.ShapeDtypeStruct((splits, rows, outputs), jnp.float32))
     operands = (x, *_operands(w))
-    y = jax.ffi.ffi_call(MATMUL_DX_TARGET if input_gradient else MATMUL_TARGET, result)(*operands, **attributes)
+    y, *_ = jax.ffi.ffi_call(MATMUL_DX_TARGET if input_gradient else MATMUL_TARGET, results)(*operands, **attributes)
     # Inside shard_map a foreign call's result is typed as equal on all devices; it varies where an operand does.
     return vary_like(y, operands)
 

@@ -9,12 +9,15 @@ from typing import Any
 
 import jax
 
-from qlora_jax.nf4.kernels import ROUTE_CODES, asked_kernels, chosen_kernels, cuda_kernels_loaded
+from qlora_jax.nf4.kernels import ROUTE_CODES, asked_kernels, chosen_kernels, cuda_kernels_loaded, load_module
 from qlora_jax.nf4.tensor import NF4Tensor
 
 CAPABILITY_VARIABLE = "QLORA_JAX_COMPUTE_CAPABILITY"
 # What is assumed where a program is compiled for a GPU that is not there.
 DEFAULT_CAPABILITY = "9.0"
+
+# Multiprocessors of such a GPU: an H100 SXM.
+DEFAULT_MULTIPROCESSORS = 132
 
 _capability_override = jax.make_user_context(default_value=None)
 
@@ -128,6 +131,37 @@ def compute_capability() -> tuple[str, str]:
     return min((str(device.compute_capability) for device in devices), key=_version), "device"
 
 
+def contraction_splits(route: str, rows: int, in_features: int, out_features: int, *, input_gradient: bool) -> int:
+    """In how many parts a product's contraction is summed, so that all multiprocessors have work.
+
+    The sums of the parts are added in order, so results repeat; how many there are depends on the shape and the size
+    of the GPU alone (the smallest of this process's, or that of an H100 where there is none).
+
+    Args:
+      route: "skinny" or "tile".
+      rows: rows of x (of dy).
+      in_features, out_features: extents of the (local) weight.
+      input_gradient: the product with the transpose.
+    """
+    return load_module("_plan").splits(
+        "dx" if input_gradient else "forward",
+        route=route,
+        tokens=rows,
+        in_features=in_features,
+        out_features=out_features,
+        multiprocessors=multiprocessors(),
+    )
+
+
+def multiprocessors() -> int:
+    """Of the smallest CUDA device of this process; an H100's where there is none."""
+    try:
+        devices = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return DEFAULT_MULTIPROCESSORS
+    return min(int(device.core_count) for device in devices)
+
+
 def cuda_kernel() -> str:
     """What runs on CUDA: "xla", "ffi" (the table decides) or the one route that was asked for.
 
@@ -166,8 +200,8 @@ def dispatch_report() -> dict[str, Any]:
 
     Returns:
       `asked` and `asked_by` (see use_kernels); `cuda`: None where its kernels are not loaded, else
-      `compute_capability`, `known_by` and `thresholds`, the largest numbers of rows by direction and kernel (empty for
-      a GPU older than the kernels).
+      `compute_capability`, `known_by`, `multiprocessors` and `thresholds`, the largest numbers of rows by direction
+      and kernel (empty for a GPU older than the kernels).
     """
     asked, asked_by = asked_kernels()
     report: dict[str, Any] = {"asked": asked, "asked_by": asked_by, "cuda": None}
@@ -177,7 +211,12 @@ def dispatch_report() -> dict[str, Any]:
             limits = {name: dataclasses.asdict(entry) for name, entry in thresholds(capability).items()}
         except ValueError:
             limits = {}
-        report["cuda"] = {"compute_capability": capability, "known_by": known_by, "thresholds": limits}
+        report["cuda"] = {
+            "compute_capability": capability,
+            "known_by": known_by,
+            "multiprocessors": multiprocessors(),
+            "thresholds": limits,
+        }
     return report
 
 

@@ -22,17 +22,23 @@ MATMUL_DX_TARGET = "qlora_jax_nf4_matmul_dx"
 # On CUDA alone.
 DEQUANTIZE_TARGET = "qlora_jax_nf4_dequantize"
 
-_MODULES = {"cpu": "qlora_jax._lib._cpu", "cuda": "qlora_jax._lib._cuda"}
+_MODULES = {"cpu": "_cpu", "cuda": "_cuda"}
+# Any of them makes JAX know the platform "cuda".
+_CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 # Part of the key of JAX's caches: a trace made under one choice is not taken for another.
 _override = jax.make_user_context(default_value=None)
 
 
-def _find(module_name: str) -> ModuleType:
-    """The extension beside this package, else the one that pip installed.
+def load_module(name: str) -> ModuleType:
+    """A compiled module ("_cpu", "_cuda", "_plan"): the one beside this package, else the one that pip installed.
 
     `python -m qlora_jax.train` inside a clone takes the clone's source folder, which holds no compiled libraries,
     although the installed package does.
+
+    Raises:
+      ImportError: it was not built (ModuleNotFoundError), or does not load.
     """
+    module_name = f"qlora_jax._lib.{name}"
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as missing:
@@ -52,14 +58,18 @@ def _find(module_name: str) -> ModuleType:
 def _load() -> dict[str, str]:
     """Registers what was built; a module that is missing or does not load leaves its reason."""
     report = {}
-    for platform, module_name in _MODULES.items():
+    for platform, name in _MODULES.items():
         try:
-            module = _find(module_name)
+            module = load_module(name)
+            if platform == "cuda" and not any(map(importlib.util.find_spec, _CUDA_PLUGINS)):
+                # Then no program is ever compiled for CUDA, and none needs to be traced for it.
+                report[platform] = "not loaded: jax has no CUDA plugin here (pip install 'jax[cuda13]')"
+                continue
             for target, capsule in module.registrations().items():
                 jax.ffi.register_ffi_target(target, capsule, platform=platform)
         except ModuleNotFoundError as missing:
             # Without a CUDA compiler only the CPU's library is built.
-            report[platform] = "not built" if missing.name == module_name else f"not loaded: {missing}"
+            report[platform] = "not built" if missing.name == f"qlora_jax._lib.{name}" else f"not loaded: {missing}"
         except Exception as error:
             report[platform] = f"not loaded: {error}"
         else:

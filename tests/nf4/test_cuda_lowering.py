@@ -54,6 +54,34 @@ def test_fused_products(for_cuda, rows, route):
 
 
 @pytest.mark.parametrize(
+    ("rows", "target", "shape", "splits"),
+    [
+        (8, "qlora_jax_nf4_matmul", (1024, 64), 2),  # 16 steps, two at least for each of four groups of warps
+        (8, "qlora_jax_nf4_matmul_dx", (64, 1024), 2),
+        (128, "qlora_jax_nf4_matmul", (1024, 64), 8),
+        (128, "qlora_jax_nf4_matmul", (1024, 8192), 5),  # 64 tiles: five times as many make two for each of 132
+        (128, "qlora_jax_nf4_matmul", (1024, 16384), 1),
+    ],
+)
+def test_partial_sums_are_a_second_result(for_cuda, rows, target, shape, splits):
+    w = jax.eval_shape(lambda: quantize(jnp.ones(shape, jnp.bfloat16), layout="fragments"))
+    dx = target.endswith("dx")
+    width, out = shape[::-1] if dx else shape
+    text = for_cuda(
+        lambda x, w: (
+            jax.vjp(lambda y: nf4_matmul(y, w), jnp.zeros((rows, shape[0]), x.dtype))[1](x)[0]
+            if dx
+            else nf4_matmul(x, w)
+        ),
+        abstract(rows, width),
+        w,
+    )
+    results = re.findall(rf"custom_call @{target}\(.*?-> \(?(tensor<[^)\n]*)", text)
+    y, partials = f"tensor<{rows}x{out}xbf16>", f"tensor<{splits}x{rows}x{out}xf32>"
+    assert results == [f"{y}, {partials}" if splits > 1 else y]
+
+
+@pytest.mark.parametrize(
     ("w", "rows", "dtype", "hlo"),
     [(FRAGMENTS, 257, "bfloat16", "bf16"), (STACK, 1, "bfloat16", "bf16"), (FRAGMENTS, 1, "float32", "f32")],
     ids=["many rows", "layout rows", "float32"],

@@ -1,6 +1,7 @@
 """Which kernel runs where: the table, what the kernels can take, overrides, and the record of it."""
 
 import dataclasses
+import types
 
 import jax.numpy as jnp
 import pytest
@@ -139,19 +140,36 @@ def test_overrides_elsewhere(monkeypatch):
 def test_a_library_that_was_not_built_is_told_from_one_that_does_not_load(monkeypatch):
     from qlora_jax.nf4 import kernels as module
 
-    monkeypatch.setattr(module, "_MODULES", {"cuda": "qlora_jax._lib._cuda"})
+    monkeypatch.setattr(module, "_MODULES", {"cuda": "_cuda"})
 
     def missing(name):
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        raise ModuleNotFoundError(f"No module named {name!r}", name=f"qlora_jax._lib.{name}")
 
-    monkeypatch.setattr(module, "_find", missing)
+    monkeypatch.setattr(module, "load_module", missing)
     assert module._load() == {"cuda": "not built"}
 
     def broken(name):
         raise ImportError("libcudart.so.13: cannot open shared object file")
 
-    monkeypatch.setattr(module, "_find", broken)
+    monkeypatch.setattr(module, "load_module", broken)
     assert module._load() == {"cuda": "not loaded: libcudart.so.13: cannot open shared object file"}
+
+
+def test_cuda_kernels_are_registered_only_where_jax_can_compile_for_cuda(monkeypatch):
+    from qlora_jax.nf4 import kernels as module
+
+    registered = []
+    built = types.SimpleNamespace(registrations=lambda: {"target": "capsule"})
+    monkeypatch.setattr(module, "_MODULES", {"cuda": "_cuda"})
+    monkeypatch.setattr(module, "load_module", lambda name: built)
+    monkeypatch.setattr(module.jax.ffi, "register_ffi_target", lambda *args, **kwargs: registered.append(args))
+
+    monkeypatch.setattr(module, "_CUDA_PLUGINS", ("no_such_plugin",))
+    assert "no CUDA plugin" in module._load()["cuda"]
+    assert not registered
+    monkeypatch.setattr(module, "_CUDA_PLUGINS", ("no_such_plugin", "jax"))
+    assert module._load() == {"cuda": "loaded"}
+    assert registered == [("target", "capsule")]
 
 
 def test_the_record_of_it(monkeypatch, cuda_loaded):
@@ -159,6 +177,7 @@ def test_the_record_of_it(monkeypatch, cuda_loaded):
     limits = {"skinny": 64, "tile": 256}
     cuda = {
         "compute_capability": "9.0",
+        "multiprocessors": 132,
         "known_by": "default",
         "thresholds": {"forward": limits, "input_gradient": limits},
     }
@@ -169,6 +188,7 @@ def test_the_record_of_it(monkeypatch, cuda_loaded):
     assert (report["asked"], report["asked_by"]) == ("dequantize", "QLORA_JAX_KERNELS")
     assert report["cuda"] == {
         "compute_capability": "7.0",
+        "multiprocessors": 132,
         "known_by": "use_compute_capability",
         "thresholds": {},
     }
