@@ -91,9 +91,9 @@ def test_the_peers_are_other_programs_with_the_same_result():
     size = Size(64, 32, 3)
     weights = programs.make_weights(size.shape, "float32", copies=2)
     for op, target in (("forward", MATMUL_TARGET), ("dx", MATMUL_DX_TARGET)):
-        x = programs.make_activations(size, "float32")[op]
-        sources = {name: programs.packed_product(op, x, weights, name) for name in ("ffi", "xla")}
-        sources["dense"] = programs.dense_product(op, x, weights)
+        xs = programs.make_activations(size, "float32", copies=2)[op]
+        sources = {name: programs.packed_product(op, xs, weights, name) for name in ("ffi", "xla")}
+        sources["dense"] = programs.dense_product(op, xs, weights)
         compiled = {name: source.compile() for name, source in sources.items()}
         texts = {name: program.compiled.as_text() for name, program in compiled.items()}
         # One call for each copy of the weight, none of them merged.
@@ -113,8 +113,8 @@ def test_the_peers_are_other_programs_with_the_same_result():
 def test_a_wrong_result_is_an_error_of_its_case(monkeypatch):
     honest = programs.packed_product
 
-    def wrong(op, x, weights, name):
-        return honest(op, x * 1.05 if name == "xla" else x, weights, name)
+    def wrong(op, xs, weights, name):
+        return honest(op, [x * 1.05 for x in xs] if name == "xla" else xs, weights, name)
 
     monkeypatch.setattr(kernels, "packed_product", wrong)
     settings = kernels.Settings(((64, 32),), (2,), ("bfloat16",), repeats=2, copy_bytes=1024)
@@ -124,7 +124,7 @@ def test_a_wrong_result_is_an_error_of_its_case(monkeypatch):
 
 
 def test_a_program_that_fails_leaves_its_error_and_the_others_go_on(monkeypatch):
-    def fail(op, x, weights):
+    def fail(op, xs, weights):
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(kernels, "dense_product", fail)
@@ -219,9 +219,10 @@ def test_missing_kernels_are_a_mistake_that_can_be_mended(monkeypatch, capsys):
 
 
 def test_on_a_gpu_other_routes_are_timed_around_the_one_that_is_taken(monkeypatch):
-    monkeypatch.setattr(kernels, "_on_gpu", lambda: True)
     weights = programs.make_weights((128, 64), "bfloat16", copies=2)
     fragments = weights.rows.to_layout("fragments")
+    monkeypatch.setattr(kernels, "_on_gpu", lambda: True)
+    monkeypatch.setitem(importlib.import_module("qlora_jax.nf4.kernels")._REPORT, "cuda", "loaded")
     taken = {rows: kernels.route("forward", rows, fragments, "bfloat16") for rows in (1, 64, 65, 4096)}
     assert taken == {1: "skinny", 64: "skinny", 65: "tile", 4096: "dequantize"}
     timed = {rows: kernels.routes(rows, taken[rows], fragments, "bfloat16") for rows in taken}

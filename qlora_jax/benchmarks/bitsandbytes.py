@@ -89,27 +89,35 @@ class BitsAndBytes:
         self.runtime.wait()
         return self.runtime.read(weights)
 
-    def fused_product(self, x: jax.Array, weights: Weights) -> "PeerProgram":
+    def fused_product(self, xs: list[jax.Array], weights: Weights) -> "PeerProgram":
         """Its kernel that multiplies 4-bit weights, double-quantized scales decoded inside."""
-        w, y = weights.rows, self._result(x, weights, "forward")
+        w, y = weights.rows, self._result(xs, weights, "forward")
         in_features, out_features = w.shape
-        function = self._of("cgemm_4bit_{}", x)
+        function = self._of("cgemm_4bit_{}", xs[0])
 
         def put(i: int) -> None:
             scales = (pointer(w.absmax_scale) + 4 * i * w.absmax_scale.shape[-1], self._codes(weights, i))
             offset = pointer(w.absmax_offset) + 4 * i
-            operands = (pointer(x), self._packed(weights, i), *scales, pointer(self._code), offset, pointer(y), None)
-            function(*operands, x.shape[0], out_features, in_features, w.block_size, _NF4, self.runtime.stream)
+            operands = (
+                pointer(xs[i]),
+                self._packed(weights, i),
+                *scales,
+                pointer(self._code),
+                offset,
+                pointer(y),
+                None,
+            )
+            function(*operands, y.shape[0], out_features, in_features, w.block_size, _NF4, self.runtime.stream)
 
-        return self._program(put, x, weights, y)
+        return self._program(put, xs, weights, y)
 
-    def dequantized_product(self, op: str, x: jax.Array, weights: Weights) -> "PeerProgram":
+    def dequantized_product(self, op: str, xs: list[jax.Array], weights: Weights) -> "PeerProgram":
         """What it does beyond its kernel's range and in every backward pass: scales, weight and product in turn."""
-        w, y = weights.rows, self._result(x, weights, op)
+        w, y = weights.rows, self._result(xs, weights, op)
         in_features, out_features = w.shape
         blocks = w.absmax.size // weights.copies
         absmax, ones = jnp.zeros(blocks, jnp.float32), jnp.ones(blocks, jnp.float32)
-        dense = jnp.zeros((out_features, in_features), x.dtype)
+        dense = jnp.zeros((out_features, in_features), y.dtype)
         offset = float(np.asarray(w.absmax_offset)[0])
         jax.block_until_ready((absmax, ones, dense))
         features, outputs = (in_features, out_features) if op == "forward" else (out_features, in_features)
@@ -121,36 +129,36 @@ class BitsAndBytes:
             scales(*operands, SCALE_GROUP, blocks, self.runtime.stream)
             self.runtime.add(offset, pointer(ones), pointer(absmax), blocks)
             self._dequantize(self._packed(weights, i), pointer(absmax), dense, w.block_size)
-            addresses = (pointer(x), pointer(dense), pointer(y))
+            addresses = (pointer(xs[i]), pointer(dense), pointer(y))
             by_rows = op == "forward"
-            self.runtime.multiply(*addresses, x.shape[0], features, outputs, dtype=str(x.dtype), by_rows=by_rows)
+            self.runtime.multiply(*addresses, y.shape[0], features, outputs, dtype=str(y.dtype), by_rows=by_rows)
 
-        return self._program(put, x, weights, y, absmax, ones, dense)
+        return self._program(put, xs, weights, y, absmax, ones, dense)
 
-    def dense_product(self, op: str, x: jax.Array, weights: Weights) -> "PeerProgram":
+    def dense_product(self, op: str, xs: list[jax.Array], weights: Weights) -> "PeerProgram":
         """cuBLAS alone, with unpacked weights."""
-        y = self._result(x, weights, op)
+        y = self._result(xs, weights, op)
         in_features, out_features = weights.rows.shape
         features, outputs = (in_features, out_features) if op == "forward" else (out_features, in_features)
 
         def put(i: int) -> None:
-            addresses = (pointer(x), pointer(weights.matrices[i]), pointer(y))
+            addresses = (pointer(xs[i]), pointer(weights.matrices[i]), pointer(y))
             # The matrices are [in, out]: by rows of outputs in the backward pass only.
             by_rows = op == "dx"
-            self.runtime.multiply(*addresses, x.shape[0], features, outputs, dtype=str(x.dtype), by_rows=by_rows)
+            self.runtime.multiply(*addresses, y.shape[0], features, outputs, dtype=str(y.dtype), by_rows=by_rows)
 
-        return self._program(put, x, weights, y)
+        return self._program(put, xs, weights, y)
 
     def _program(
-        self, put: Callable[[int], None], x: jax.Array, weights: Weights, y: jax.Array, *scratch: jax.Array
+        self, put: Callable[[int], None], xs: list[jax.Array], weights: Weights, y: jax.Array, *scratch: jax.Array
     ) -> "PeerProgram":
         def put_all() -> None:
             for i in range(weights.copies):
                 put(i)
 
-        jax.block_until_ready((x, weights.rows, weights.matrices, y))
+        jax.block_until_ready((xs, weights.rows, weights.matrices, y))
         graph = self.runtime.record(put_all)
-        return PeerProgram(self.runtime, graph, weights.copies, y, (x, weights, *scratch))
+        return PeerProgram(self.runtime, graph, weights.copies, y, (xs, weights, *scratch))
 
     def _of(self, name: str, array: jax.Array) -> Callable[..., None]:
         return getattr(self._library, name.format(_SHORT[str(array.dtype)]))
@@ -160,9 +168,9 @@ class BitsAndBytes:
         function(None, packed, absmax, pointer(weights), block_size, weights.size, self.runtime.stream)
 
     @staticmethod
-    def _result(x: jax.Array, weights: Weights, op: str) -> jax.Array:
+    def _result(xs: list[jax.Array], weights: Weights, op: str) -> jax.Array:
         in_features, out_features = weights.rows.shape
-        return jnp.zeros((x.shape[0], out_features if op == "forward" else in_features), x.dtype)
+        return jnp.zeros((xs[0].shape[0], out_features if op == "forward" else in_features), xs[0].dtype)
 
     @staticmethod
     def _packed(weights: Weights, i: int) -> int:

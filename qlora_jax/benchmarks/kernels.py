@@ -131,7 +131,7 @@ def copies_for(rows: int, shape: tuple[int, int], dtype: str) -> int:
 
 def measure(size: Size, dtype: str, weights: Weights, settings: Settings) -> list[dict[str, Any]]:
     """Both directions of one product (see the fields in bench.py's docstring)."""
-    activations = make_activations(size, dtype)
+    activations = make_activations(size, dtype, weights.copies)
     ours = {op: route(op, size.rows, weights.stack, dtype) for op in OPS}
     sources: dict[tuple[str, str], Source] = {}
     errors: dict[str, dict[str, str]] = {op: {} for op in OPS}
@@ -186,13 +186,13 @@ def route(op: str, rows: int, w: NF4Tensor, dtype: str) -> str:
 
 
 def _peers(
-    peer: BitsAndBytes, size: Size, activations: Mapping[str, jax.Array], weights: Weights
+    peer: BitsAndBytes, size: Size, activations: Mapping[str, list[jax.Array]], weights: Weights
 ) -> dict[tuple[str, str], Callable[[], Program]]:
     """cuBLAS and bitsandbytes' ways, each to be recorded as a graph."""
     makers: dict[tuple[str, str], Callable[[], Program]] = {}
-    for op, x in activations.items():
-        makers[op, "cublas"] = functools.partial(peer.dense_product, op, x, weights)
-        makers[op, "bnb_dequantize"] = functools.partial(peer.dequantized_product, op, x, weights)
+    for op, xs in activations.items():
+        makers[op, "cublas"] = functools.partial(peer.dense_product, op, xs, weights)
+        makers[op, "bnb_dequantize"] = functools.partial(peer.dequantized_product, op, xs, weights)
     if size.rows <= _FUSED_PEER_ROWS or _fused_rule(size):
         makers["forward", "bnb_fused"] = functools.partial(peer.fused_product, activations["forward"], weights)
     return makers

@@ -4,7 +4,7 @@ One call of a small product takes less time than starting it from Python does. S
 after another, with copies of the weight at as many places in memory; on a GPU XLA records it as one CUDA graph.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,12 +54,16 @@ def make_weights(shape: tuple[int, int], dtype: str, copies: int) -> Weights:
     return Weights(place(rows), rows, [jnp.array(matrix, copy=True) for _ in range(copies)])
 
 
-def make_activations(size: Size, dtype: str) -> dict[str, jax.Array]:
-    """x `[rows, in]` for "forward" and dy `[rows, out]` for "dx"."""
-    return {
-        op: jax.random.normal(jax.random.key(key), (size.rows, features)).astype(dtype)
-        for key, (op, features) in enumerate(zip(OPS, size.shape, strict=True), start=1)
-    }
+def make_activations(size: Size, dtype: str, copies: int) -> dict[str, list[jax.Array]]:
+    """x `[rows, in]` for "forward" and dy `[rows, out]` for "dx", `copies` times.
+
+    Each product gets its own: XLA makes one wide product of dense products that share an operand.
+    """
+    activations = {}
+    for key, (op, features) in enumerate(zip(OPS, size.shape, strict=True), start=1):
+        x = jax.random.normal(jax.random.key(key), (size.rows, features)).astype(dtype)
+        activations[op] = [jnp.array(x, copy=True) for _ in range(copies)]
+    return activations
 
 
 @dataclass
@@ -86,20 +90,19 @@ class XlaProgram:
 
 @dataclass(frozen=True)
 class Source:
-    """A program before it is compiled, which may be done in another thread."""
+    """A program that is traced and not yet compiled, which may be done in another thread."""
 
-    lowered: jax.stages.Lowered
+    jitted: Any
+    traced: Any
     operands: tuple[Any, ...]
-    result: jax.ShapeDtypeStruct
-    copies: int
+    results: list[jax.ShapeDtypeStruct]
 
     def compile(self) -> XlaProgram:
-        compiled = self.lowered.compile(compiler_options=COMPILER_OPTIONS)
-        results = [jnp.zeros(self.result.shape, self.result.dtype) for _ in range(self.copies)]
-        return XlaProgram(compiled, self.operands, results)
+        compiled = self.traced.lower().compile(compiler_options=COMPILER_OPTIONS)
+        return XlaProgram(compiled, self.operands, [jnp.zeros(result.shape, result.dtype) for result in self.results])
 
 
-def packed_product(op: str, x: jax.Array, weights: Weights, kernels: str) -> Source:
+def packed_product(op: str, xs: list[jax.Array], weights: Weights, kernels: str) -> Source:
     """nf4_matmul, or its input gradient, with the given choice of kernels (see use_kernels)."""
 
     def product(x: jax.Array, w: NF4Tensor) -> jax.Array:
@@ -108,20 +111,21 @@ def packed_product(op: str, x: jax.Array, weights: Weights, kernels: str) -> Sou
         # The product at 0 is not used, so XLA leaves it out.
         return jax.vjp(lambda x: nf4_matmul(x, w), jnp.zeros((x.shape[0], w.in_features), x.dtype))[1](x)[0]
 
-    def program(x: jax.Array, stack: NF4Tensor, results: list[jax.Array]) -> list[jax.Array]:
-        return [product(x, stack.layer(i)) for i in range(len(results))]
+    def program(xs: list[jax.Array], stack: NF4Tensor, results: list[jax.Array]) -> list[jax.Array]:
+        return [product(x, stack.layer(i)) for i, x in enumerate(xs)]
 
     with use_kernels(kernels):
-        return _lower(program, (x, weights.stack), _result(op, x, weights), weights.copies)
+        return _trace(program, (xs, weights.stack), _result(op, xs, weights), weights.copies)
 
 
-def dense_product(op: str, x: jax.Array, weights: Weights) -> Source:
+def dense_product(op: str, xs: list[jax.Array], weights: Weights) -> Source:
     """XLA's product with unpacked weights."""
 
-    def program(x: jax.Array, matrices: list[jax.Array], results: list[jax.Array]) -> list[jax.Array]:
-        return [jnp.matmul(x, matrix if op == "forward" else matrix.T) for matrix in matrices]
+    def program(xs: list[jax.Array], matrices: list[jax.Array], results: list[jax.Array]) -> list[jax.Array]:
+        pairs = zip(xs, matrices, strict=True)
+        return [jnp.matmul(x, matrix if op == "forward" else matrix.T) for x, matrix in pairs]
 
-    return _lower(program, (x, weights.matrices), _result(op, x, weights), weights.copies)
+    return _trace(program, (xs, weights.matrices), _result(op, xs, weights), weights.copies)
 
 
 def dequantized(weights: Weights, kernels: str) -> Source:
@@ -134,7 +138,7 @@ def dequantized(weights: Weights, kernels: str) -> Source:
 
     with use_kernels(kernels):
         result = jax.ShapeDtypeStruct(shape[::-1], weights.stack.dtype)
-        return _lower(program, (weights.stack,), result, weights.copies)
+        return _trace(program, (weights.stack,), result, weights.copies)
 
 
 def copied(size: int, copies: int, *, negate: bool) -> Source:
@@ -147,14 +151,14 @@ def copied(size: int, copies: int, *, negate: bool) -> Source:
         return [-array if negate else jnp.copy(array) for array in arrays]
 
     arrays = [jnp.ones((size,), jnp.bfloat16) for _ in range(copies)]
-    return _lower(program, (arrays,), jax.ShapeDtypeStruct((size,), jnp.bfloat16), copies)
+    return _trace(program, (arrays,), jax.ShapeDtypeStruct((size,), jnp.bfloat16), copies)
 
 
-def _result(op: str, x: jax.Array, weights: Weights) -> jax.ShapeDtypeStruct:
+def _result(op: str, xs: list[jax.Array], weights: Weights) -> jax.ShapeDtypeStruct:
     in_features, out_features = weights.stack.shape
-    return jax.ShapeDtypeStruct((x.shape[0], out_features if op == "forward" else in_features), x.dtype)
+    return jax.ShapeDtypeStruct((xs[0].shape[0], out_features if op == "forward" else in_features), xs[0].dtype)
 
 
-def _lower(program: Callable[..., Any], operands: Sequence[Any], result: jax.ShapeDtypeStruct, copies: int) -> Source:
-    jitted = jax.jit(program, donate_argnums=len(operands), keep_unused=True)
-    return Source(jitted.lower(*operands, [result] * copies), tuple(operands), result, copies)
+def _trace(program: Callable[..., Any], operands: tuple[Any, ...], result: jax.ShapeDtypeStruct, copies: int) -> Source:
+    jitted, results = jax.jit(program, donate_argnums=len(operands), keep_unused=True), [result] * copies
+    return Source(jitted, jitted.trace(*operands, results), operands, results)
