@@ -157,13 +157,15 @@ def multiply(
     return Result(y, launches)
 
 
-def dequantize(weight: PackedWeight, dtype: str, layout: str, **options: Any) -> Result:
-    """Runs the plan that makes a dense [out, in] of `dtype`."""
+def dequantize(
+    weight: PackedWeight, dtype: str, layout: str, packed: np.ndarray | None = None, **options: Any
+) -> Result:
+    """Runs the plan that makes a dense [out, in] of `dtype`; `packed` and `options` as for `multiply`."""
     plan = _plan.plan("dequantize", layout=layout, dtype=dtype, **weight_problem(weight))
     shape = weight.out_features, weight.in_features
     storage = np.dtype(f"u{DTYPES[dtype].itemsize}")
     memory = memory_for(weight, shape[0] * shape[1] * storage.itemsize)
-    addresses = upload_weight(memory, weight, layout, None)
+    addresses = upload_weight(memory, weight, layout, packed)
     addresses["dense"] = memory.alloc(shape[0] * shape[1] * storage.itemsize)
     launches = execute(plan, addresses, memory, **options)
     return Result(memory.download(addresses["dense"], shape, storage).view(DTYPES[dtype]), launches)
