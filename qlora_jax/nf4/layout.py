@@ -8,8 +8,8 @@ inputs, so that one lane loads 16 bytes and has its operands of four `mma.m16n8k
 bulk copy in either direction of the product. Inside a tile:
 
     strip   4 x 512 bytes   outputs 16i .. 16i+15
-    chunk  32 x  16 bytes   lane (g = lane / 4, t = lane % 4) lies at chunk 4g + (t xor (g / 2) % 4): with that swizzle
-                            neither direction's reads of shared memory meet in a bank
+    chunk  32 x  16 bytes   lane (g = lane / 4, t = lane % 4) lies at chunk lane xor 2 ((lane / 8) % 4): with that
+                            swizzle neither direction's reads of shared memory meet in a bank
     word    4 x   4 bytes   inputs 16b .. 16b+15
     byte    j = 0 .. 3      output g + 8 (j % 2), inputs 2t + 8 (j / 2) in the low nibble and the next in the high one
 
@@ -32,7 +32,7 @@ TILE_BYTES = TILE * TILE // 2
 _PADDING = 0x77
 _LANES = np.arange(32)
 # Chunk -> lane; its own inverse.
-_SWIZZLE = (_LANES & ~3) | ((_LANES & 3) ^ ((_LANES >> 3) & 3))
+_SWIZZLE = _LANES ^ (((_LANES >> 3) & 3) << 1)
 
 
 def check_layout(layout: str) -> str:

@@ -27,7 +27,7 @@ def fragments_lane_by_lane(codes: np.ndarray) -> np.ndarray:
     """What each lane's registers have to hold, byte by byte, as `mma.m16n8k16` numbers the entries of its A operand.
 
     Register r of lane (g, t) has row g + 8 (r & 1), columns 2t and 2t + 1, + 8 (r >> 1). A lane's 16 bytes are its
-    registers of four 16 x 16 blocks, one byte (two codes) each; chunks are swizzled within groups of four lanes.
+    registers of four 16 x 16 blocks, one byte (two codes) each; chunks are swizzled within groups of eight lanes.
     """
     out_features, in_features = codes.shape
     padded = np.full((-(-out_features // 64) * 64, -(-in_features // 64) * 64), 7, np.uint8)
@@ -36,7 +36,7 @@ def fragments_lane_by_lane(codes: np.ndarray) -> np.ndarray:
     for nt, kt in np.ndindex(tiles.shape[:2]):
         for strip, lane, block, register in np.ndindex(4, 32, 4, 4):
             g, t = lane // 4, lane % 4
-            chunk = (lane & ~3) | ((lane & 3) ^ ((lane >> 3) & 3))
+            chunk = lane ^ (((lane >> 3) & 3) << 1)
             row = 64 * nt + 16 * strip + g + 8 * (register & 1)
             column = 64 * kt + 16 * block + 2 * t + 8 * (register >> 1)
             byte = padded[row, column] | padded[row, column + 1] << 4
