@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from qlora_jax.nf4.kernels import ROUTE_CODES, asked_kernels, chosen_kernels, cuda_kernels_loaded, load_module
+from qlora_jax.nf4.kernels import ROUTE_CODES, asked_kernels, chosen_kernels, cuda_kernels_loaded, load_module, runs_on
 from qlora_jax.nf4.tensor import NF4Tensor
 
 CAPABILITY_VARIABLE = "QLORA_JAX_COMPUTE_CAPABILITY"
@@ -169,15 +169,26 @@ def cuda_kernel() -> str:
       RuntimeError: kernels were asked for, and are not loaded or not made for such a GPU.
     """
     choice = chosen_kernels("cuda")
-    if choice == "xla":
+    if choice == "xla" or (missing := _why_no_code()) is None:
         return choice
+    if asked_kernels()[0] == "auto":
+        return "xla"
+    raise RuntimeError(f"the compiled NF4 kernels were asked for, but: {missing}")
+
+
+def _why_no_code() -> str | None:
+    """Why the loaded kernels cannot run on the GPU that programs are compiled for; None where they can."""
+    capability, known_by = compute_capability()
     try:
-        thresholds(compute_capability()[0])
+        thresholds(capability)
     except ValueError as too_old:
-        if asked_kernels()[0] == "auto":
-            return "xla"
-        raise RuntimeError(f"the compiled NF4 kernels were asked for, but: {too_old}") from too_old
-    return choice
+        return str(too_old)
+    if known_by == "device" and not runs_on(capability):
+        return (
+            f"they were not built for compute capability {capability}: QLORA_CUDA_ARCHITECTURES="
+            f"{capability.replace('.', '')}-real pip install --force-reinstall --no-deps ."
+        )
+    return None
 
 
 def cuda_route(rows: int, w: NF4Tensor, dtype: str, *, input_gradient: bool) -> str:

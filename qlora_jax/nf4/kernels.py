@@ -85,6 +85,19 @@ def kernel_report() -> dict[str, str]:
     return dict(_REPORT)
 
 
+def runs_on(compute_capability: str) -> bool:
+    """Whether machine code for such a GPU was compiled in: of its generation and not newer, or exactly its own ("90a").
+
+    Args:
+      compute_capability: such as "9.0".
+    """
+    major, minor = compute_capability.split(".")
+    names = load_module("_cuda").architectures().split(", ")
+    return f"{major}{minor}a" in names or any(
+        name[:-1] == major and name[-1] <= minor for name in names if name.isdecimal()
+    )
+
+
 def cuda_kernels_loaded() -> bool:
     """Whether programs for CUDA GPUs can call the compiled kernels."""
     return _REPORT.get("cuda") == "loaded"

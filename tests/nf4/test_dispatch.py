@@ -202,3 +202,26 @@ def test_the_record_without_cuda_kernels(monkeypatch):
     monkeypatch.setitem(module._REPORT, "cuda", "not built")
     assert dispatch_report()["cuda"] is None
     assert kernel_report()["cuda"] == "not built"
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [(known, True) for known in ("8.0", "8.6", "8.7", "9.0", "10.0", "12.1")]
+    + [(unknown, False) for unknown in ("7.5", "9.1", "10.3", "11.0")],
+)
+def test_which_gpus_the_machine_code_serves(monkeypatch, capability, runs):
+    from qlora_jax.nf4 import kernels as module
+
+    built = types.SimpleNamespace(architectures=lambda: "80, 86, 89, 90a, 100a, 120")
+    monkeypatch.setattr(module, "load_module", lambda name: built)
+    assert module.runs_on(capability) == runs
+
+
+def test_a_gpu_that_the_kernels_were_not_built_for_gets_xla(monkeypatch, cuda_loaded):
+    from qlora_jax.nf4 import dispatch as module
+
+    monkeypatch.setattr(module, "compute_capability", lambda: ("10.3", "device"))
+    monkeypatch.setattr(module, "runs_on", lambda capability: False)
+    assert cuda_kernel() == "xla"
+    with use_kernels("ffi"), pytest.raises(RuntimeError, match="QLORA_CUDA_ARCHITECTURES=103-real"):
+        cuda_kernel()
