@@ -56,10 +56,9 @@ def test_fused_products(for_cuda, rows, route):
 @pytest.mark.parametrize(
     ("rows", "target", "shape", "splits"),
     [
-        (8, "qlora_jax_nf4_matmul", (1024, 64), 2),  # 16 steps, two at least for each of four groups of warps
-        (8, "qlora_jax_nf4_matmul_dx", (64, 1024), 2),
+        (8, "qlora_jax_nf4_matmul", (4096, 64), 8),  # 64 steps, two at least for each of four groups of warps
+        (8, "qlora_jax_nf4_matmul_dx", (64, 4096), 8),
         (128, "qlora_jax_nf4_matmul", (1024, 64), 8),
-        (128, "qlora_jax_nf4_matmul", (1024, 8192), 5),  # 64 tiles: five times as many make two for each of 132
         (128, "qlora_jax_nf4_matmul", (1024, 16384), 1),
     ],
 )

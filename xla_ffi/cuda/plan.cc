@@ -22,6 +22,16 @@ constexpr int64_t kRowWeightsPerBlock = 8 * 4 * kElementwiseThreads;
 constexpr int64_t kFragmentTilesPerBlock = kElementwiseThreads / 32;
 constexpr int64_t kSumsPerBlock = 4 * kElementwiseThreads;
 
+// What ChooseSplits weighs, in clocks of an H100: predicted from counted instructions, not measured. A block's tables and
+// ends; a contraction step of a block; one more launch; partial sums written and read again at 2.8 TB/s. A block alone
+// on a multiprocessor has too few warps to hide latencies and is taken for 1.6 of them.
+constexpr int64_t kBlockClocks = 1000;
+constexpr int64_t kStepClocks = 350;
+constexpr int64_t kStepClocksPerToken = 4;
+constexpr int64_t kSumClocks = 1800;
+constexpr int64_t kSumsPerClock = 200;
+constexpr int64_t kMaxSplits = 64;
+
 int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Argument Pointer(Buffer buffer, int64_t offset = 0) { return {Argument::Kind::kPointer, buffer, offset}; }
@@ -189,10 +199,23 @@ Plan MakePlan(const CudaProblem& p) {
 
 int64_t ChooseSplits(const CudaProblem& p, int64_t multiprocessors) {
   const ProductShape shape = ShapeOf(p);
+  const int64_t steps = CeilDivide(Contraction(p), kTile);
   const int64_t tiles = CeilDivide(Outputs(p), shape.rows()) * CeilDivide(p.tokens, shape.tokens);
-  if (tiles == 0 || 4 * tiles >= 3 * multiprocessors) return 1;
-  const int64_t most = CeilDivide(Contraction(p), kTile) / (2 * shape.k_groups);
-  return std::clamp<int64_t>(CeilDivide(2 * multiprocessors, tiles), 1, std::max<int64_t>(1, most));
+  int64_t best = 1;
+  int64_t best_clocks = 0;
+  const int64_t most = std::min<int64_t>(kMaxSplits, steps / (2 * shape.k_groups));
+  for (int64_t splits = 1; splits == 1 || splits <= most; ++splits) {
+    const int64_t turns = CeilDivide(CeilDivide(steps, splits), shape.k_groups);
+    const int64_t block_clocks = kBlockClocks + turns * (kStepClocks + kStepClocksPerToken * shape.tokens);
+    const int64_t blocks = CeilDivide(tiles * splits, multiprocessors);
+    int64_t clocks = blocks == 1 ? block_clocks + block_clocks * 3 / 5 : blocks * block_clocks;
+    if (splits > 1) clocks += kSumClocks + splits * p.tokens * Outputs(p) / kSumsPerClock;
+    if (splits == 1 || clocks < best_clocks) {
+      best = splits;
+      best_clocks = clocks;
+    }
+  }
+  return best;
 }
 
 }  // namespace qlora_jax

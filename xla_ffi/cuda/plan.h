@@ -64,9 +64,9 @@ Plan MakePlan(const CudaProblem& problem);
 
 // Parts of a product's contraction, each summed by blocks of its own and added in order by one more kernel.
 //
-// 1 where the tiles of the output keep at least three quarters of the multiprocessors busy: a split costs a round trip
-// of float32 sums. Else as many as make two blocks for each multiprocessor, but never so many that a group of warps
-// gets fewer than two contraction steps. Depends on the shape and the device's size alone, so results repeat.
+// As many as make the busiest multiprocessor finish first, by a count of clocks: a split evens out the work, but every
+// block fills its tables anew, and sums make a round trip through memory. Never so many that a group of warps gets
+// fewer than two contraction steps. Depends on the shape and the device's size alone, so results repeat.
 int64_t ChooseSplits(const CudaProblem& problem, int64_t multiprocessors);
 
 }  // namespace qlora_jax
