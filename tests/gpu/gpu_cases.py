@@ -56,7 +56,6 @@ class Way:
 
 WAYS = [
     Way("cpu", "ffi", "rows"),
-    Way("cpu", "xla", "fragments"),
     Way("gpu", "skinny", "fragments"),
     Way("gpu", "tile", "fragments"),
     Way("gpu", "dequantize", "fragments"),

@@ -149,7 +149,7 @@ def test_dequantize_is_equal_bit_for_bit(way: Way, shape: tuple[int, int]) -> No
         for double_quantized in (True, False):
             weight = make_weight(rng, *shape, dtype=weight_dtype, double_quantized=double_quantized)
             with use_kernels(way.kernels if way.kernels not in ("skinny", "tile") else "auto"):
-                for dtype in (None, *DTYPES):
+                for dtype in (None, *DTYPES) if way.device == "gpu" else (None,):
                     got = np.asarray(dequantize(tensor(weight, way.layout), dtype))
                     expected = weight.dense(dtype or weight_dtype).T
                     assert got.dtype == expected.dtype
