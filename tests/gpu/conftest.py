@@ -29,7 +29,13 @@ def need_gpu() -> jax.Device:
     try:
         return jax.local_devices(backend="cuda")[0]
     except RuntimeError as error:
-        pytest.fail(f"JAX finds no CUDA GPU; JAX_PLATFORMS=cuda,cpu pytest -m gpu ({error})", pytrace=False)
+        why = f"JAX finds no CUDA GPU ({error}): JAX_PLATFORMS=cuda,cpu pytest -m gpu"
+    pytest.fail(why, pytrace=False)
+
+
+@pytest.fixture
+def gpu() -> jax.Device:
+    return need_gpu()
 
 
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])

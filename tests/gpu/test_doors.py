@@ -75,9 +75,9 @@ def test_a_training_run_has_the_losses_of_a_cpu(device: jax.Device, tmp_path: Pa
 
 
 @pytest.mark.gpu
-def test_the_demo_has_the_losses_of_a_cpu(without_demo: None, tmp_path: Path) -> None:
+def test_the_demo_has_the_losses_of_a_cpu(gpu: jax.Device, without_demo: None, tmp_path: Path) -> None:
     """A few steps of the demo on the real model, which is fetched or in QLORA_JAX_CACHE."""
-    compare(jax.local_devices(backend="cuda")[0], tmp_path, "--config", "smollm2/135m_qlora", *demo_settings(tmp_path))
+    compare(gpu, tmp_path, "--config", "smollm2/135m_qlora", *demo_settings(tmp_path))
 
 
 def demo_settings(folder: Path) -> list[str]:

@@ -48,7 +48,7 @@ def run(command: str, tool: str, platform: str, **variables: str) -> subprocess.
     if tool == "memcheck":
         options += ["--leak-check", "no"]
     done = [command, *options, "--", sys.executable, str(SCRIPT), "cpu" if platform == "cpu" else "cuda"]
-    return subprocess.run(done, capture_output=True, text=True, env=os.environ | variables, timeout=300, check=False)
+    return subprocess.run(done, capture_output=True, text=True, env=os.environ | variables, timeout=200, check=False)
 
 
 @pytest.fixture
