@@ -30,9 +30,11 @@ $(VENV)/installed: $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet .
 	@touch $@
 
-# An extra is installed once; its stamp goes stale with pyproject.toml.
+# An extra is installed once; its stamp goes stale with pyproject.toml. Its requirements alone: pip install '.[test]' would
+# compile the kernels once more.
 $(VENV)/extra-%: $(VENV)/installed pyproject.toml
-	$(BIN)/python -m pip install --quiet ".[$*]"
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$*"], sep="\n")' > $(VENV)/$*.txt
+	$(BIN)/python -m pip install --quiet --requirement $(VENV)/$*.txt
 	@touch $@
 
 train: $(VENV)/installed
