@@ -48,7 +48,7 @@ def load_model(
 
     Args:
       path: an HF folder, a .gguf file, a hub name, or what `open_checkpoint` returned for one.
-      quant_type: "nf4", or None to keep the linears in 16 bits (LoRA without the Q).
+      quant_type: a 4-bit type (see quantize), or None to keep the linears in 16 bits (LoRA without the Q).
       block_size: weights per scale.
       double_quant: whether to quantize the scales.
       rank: rank of the LoRA adapters; 0: none (`load_adapter` can add them later).
@@ -161,7 +161,7 @@ def _to_nf4(
 ) -> tuple[NF4Tensor, Array]:
     weight = _in_16_bits(weight)
     out_features, in_features = weight.shape
-    layout = device_layout((in_features, out_features), block_size, platform)
+    layout = device_layout((in_features, out_features), block_size, platform, quant_type)
     return quantize(weight.T, quant_type, block_size, double_quant, layout=layout), jnp.isfinite(weight).all()
 
 

@@ -1,18 +1,19 @@
-"""Blockwise quantization to NF4, in pure JAX, with bitsandbytes' bytes."""
+"""Blockwise quantization to 4 bits, in pure JAX, with bitsandbytes' bytes."""
 
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from qlora_jax.nf4.codebook import (
     BLOCK_SIZES,
     CODEBOOKS,
     DYNAMIC_MAP_MIDPOINTS,
-    NF4_THRESHOLDS,
     SCALE_GROUP,
+    Codebook,
+    check_quant_type,
 )
 from qlora_jax.nf4.layout import check_layout, rows_to_fragments
 from qlora_jax.nf4.tensor import NF4Tensor, check_not_flat, leaf_shapes
@@ -28,16 +29,18 @@ def quantize(
     *,
     layout: str = "rows",
 ) -> NF4Tensor:
-    """Quantizes a kernel to 4 bits; bytes equal bitsandbytes' for the transpose of `kernel`.
+    """Quantizes a kernel to 4 bits; NF4 and FP4 bytes equal bitsandbytes' (CUDA) for the transpose of `kernel`.
 
     Each block of `block_size` consecutive elements of the row-major `[out, in]` matrix is scaled by the reciprocal of
-    its largest magnitude (float32) and takes the nearest of 16 NF4 values (QLoRA, section 3). Double quantization then
+    its largest magnitude (float32) and takes the nearest of 16 values (QLoRA, section 3). Double quantization then
     stores the block scales, less their mean, as 8-bit codes with one float32 scale per 256 (bitsandbytes'
-    `compress_statistics`). A block of zeros gets code 7, which is exactly zero whatever its scale.
+    `compress_statistics`). A block of zeros gets the code of zero (NF4: 7), which is exactly zero whatever its
+    scale.
 
     Args:
       kernel: float32, bfloat16 or float16, `[in, out]`, or `[L, in, out]` for a stack of layers quantized one by one.
-      quant_type: "nf4".
+      quant_type: "nf4"; or "fp4" (bitsandbytes'), "int4" (symmetric), "e2m1" (OCP FP4), "e3m0" (powers of two), which
+        run in pure JAX alone.
       block_size: weights per scale: 32, 64, ... 4096.
       double_quant: whether to quantize the scales.
       layout: order of the packed bytes: "rows", which are bitsandbytes', or "fragments", which the CUDA kernels read
@@ -54,8 +57,7 @@ def quantize(
     dtype = str(getattr(kernel, "dtype", type(kernel).__name__))
     if dtype not in FLOATS:
         raise TypeError(f"kernel must be a float32, bfloat16 or float16 array, got {dtype}")
-    if quant_type not in CODEBOOKS:
-        raise ValueError(f"quant_type must be one of {', '.join(CODEBOOKS)}, got {quant_type!r}")
+    check_quant_type(quant_type)
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size}")
     if kernel.ndim not in (2, 3) or 0 in kernel.shape:
@@ -63,23 +65,29 @@ def quantize(
     shape = (int(kernel.shape[-2]), int(kernel.shape[-1]))
     if check_layout(layout) == "fragments":
         check_not_flat(shape, block_size)
-    leaves = _encode_layers(kernel, block_size, double_quant, layout)
+    leaves = _encode_layers(kernel, quant_type, block_size, double_quant, layout)
     return NF4Tensor(**leaves, shape=shape, quant_type=quant_type, block_size=block_size, dtype=dtype, layout=layout)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _encode_layers(kernel: Array, block_size: int, double_quant: bool, layout: str) -> dict[str, Array]:
-    encode = functools.partial(_encode, block_size=block_size, double_quant=double_quant, layout=layout)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _encode_layers(
+    kernel: Array, quant_type: str, block_size: int, double_quant: bool, layout: str
+) -> dict[str, Array]:
+    encode = functools.partial(
+        _encode, quant_type=quant_type, block_size=block_size, double_quant=double_quant, layout=layout
+    )
     return jax.lax.map(encode, kernel) if kernel.ndim == 3 else encode(kernel)
 
 
-def _encode(kernel: Float[Array, "in out"], *, block_size: int, double_quant: bool, layout: str) -> dict[str, Array]:
+def _encode(
+    kernel: Float[Array, "in out"], *, quant_type: str, block_size: int, double_quant: bool, layout: str
+) -> dict[str, Array]:
     elements = kernel.astype(jnp.float32).T.reshape(-1)
     n_blocks = math.ceil(elements.size / block_size)
     blocks = jnp.pad(elements, (0, n_blocks * block_size - elements.size)).reshape(n_blocks, block_size)
     absmax = jnp.abs(blocks).max(axis=1)
     normalized = blocks * _reciprocal(absmax)[:, None]
-    codes = sum((normalized > threshold).astype(jnp.uint8) for threshold in NF4_THRESHOLDS).reshape(-1)
+    codes = _nearest(normalized, CODEBOOKS[quant_type]).reshape(-1)
     packed = (codes[0::2] << 4 | codes[1::2])[: math.ceil(elements.size / 2)]
     leaves = {"packed": packed, "absmax": absmax}
     if double_quant:
@@ -90,6 +98,14 @@ def _encode(kernel: Float[Array, "in out"], *, block_size: int, double_quant: bo
     if layout == "fragments":
         leaves["packed"] = rows_to_fragments(leaves["packed"])
     return leaves
+
+
+def _nearest(normalized: Float[Array, "*dims"], book: Codebook) -> UInt8[Array, "*dims"]:
+    compared = normalized if book.by_magnitude is None else jnp.abs(normalized)
+    codes: Array = sum((compared > threshold).astype(jnp.uint8) for threshold in book.thresholds)  # type: ignore[assignment]
+    if book.by_magnitude is None:
+        return codes
+    return jnp.asarray(book.by_magnitude)[codes] | (normalized < 0).astype(jnp.uint8) << 3
 
 
 def _encode_scales(absmax: Float[Array, " blocks"]) -> dict[str, Array]:

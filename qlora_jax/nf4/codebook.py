@@ -1,8 +1,13 @@
-"""The tables of NF4 and of double quantization, as bitsandbytes fixes them.
+"""The tables of the 4-bit types and of double quantization.
+
+NF4, FP4 and the 8-bit map are as bitsandbytes fixes them; int4, e2m1 and e3m0 are for comparing datatypes.
 
 The values are data, not formulas: regenerating them with another library's quantile function or in float64 moves
 some by one ulp, and then packed bytes differ.
 """
+
+import dataclasses
+import difflib
 
 import numpy as np
 
@@ -33,7 +38,51 @@ NF4_CODE = np.array(
 # are bit for bit the constants of bitsandbytes' decision tree.
 NF4_THRESHOLDS = (NF4_CODE[:-1] + NF4_CODE[1:]) / np.float32(2)
 
-CODEBOOKS = {"nf4": NF4_CODE}
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Codebook:
+    """A 4-bit type: what each code stands for, and which code a weight takes once it is divided by its block's scale.
+
+    Attributes:
+      values: float32 `[16]`, by code.
+      thresholds: float32, ascending: i of them strictly below x make x the i-th value, so that a tie takes the lower.
+      by_magnitude: None: x is compared as it is, and i is the code. Else uint8: |x| is compared, the code is
+        `by_magnitude[i]`, and where x < 0 bit 3 is set as a sign (also of what rounds to zero).
+    """
+
+    values: np.ndarray
+    thresholds: np.ndarray
+    by_magnitude: np.ndarray | None = None
+
+
+def _signed(magnitudes: list[float], thresholds: np.ndarray | None = None, order: np.ndarray | None = None) -> Codebook:
+    """A type of sign and magnitude. `magnitudes` by code; `order`: their codes, ascending by value."""
+    positive = np.array(magnitudes, np.float32)
+    order = np.arange(8, dtype=np.uint8) if order is None else order
+    ascending = positive[order]
+    if thresholds is None:
+        thresholds = (ascending[:-1] + ascending[1:]) / np.float32(2)
+    return Codebook(np.concatenate([positive, -positive]), thresholds, order)
+
+
+# bitsandbytes' FP4, which is not OCP's E2M1: {0, 1/16, 8, 12, 4, 6, 2, 3} / 12 by code. The thresholds are the literals
+# of its CUDA kernel (dQuantizeFP4), up to 14 ulp from the midpoints that its CPU path takes.
+FP4 = _signed(
+    [0.0, 0.005208333333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25],
+    np.array([0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333], np.float32),
+    np.array([0, 1, 6, 7, 4, 5, 2, 3], np.uint8),
+)
+# Symmetric integers with offset 8, as llama.cpp's Q4_0 stores them: code c is (c - 8) / 7. Nothing takes code 0.
+_INT4_VALUES = (np.arange(16, dtype=np.float32) - np.float32(8)) / np.float32(7)
+INT4 = Codebook(_INT4_VALUES, (_INT4_VALUES[:-1] + _INT4_VALUES[1:]) / np.float32(2))
+# OCP Microscaling Formats 1.0, section 5.3.3 (FP4 E2M1), bits as there; scaled so that the largest value is 1.
+E2M1 = _signed([value / 6 for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)])
+# Sign and three bits of exponent (QLoRA, arXiv 2305.14314, table 2, compares with it): 0, then powers of two up to 1.
+E3M0 = _signed([0.0, *(2.0**exponent for exponent in range(-6, 1))])
+
+CODEBOOKS = {"nf4": Codebook(NF4_CODE, NF4_THRESHOLDS), "fp4": FP4, "int4": INT4, "e2m1": E2M1, "e3m0": E3M0}
+# The compiled kernels hold one table.
+COMPILED_TYPES = ("nf4",)
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 # Number of block scales that share one second-level scale (bitsandbytes refuses any other).
@@ -63,3 +112,16 @@ def _signed_dynamic_map() -> np.ndarray:
 # The 256 values of a double-quantized scale, ascending; index 127 is 0.
 DYNAMIC_MAP = _signed_dynamic_map()
 DYNAMIC_MAP_MIDPOINTS = (DYNAMIC_MAP[:-1] + DYNAMIC_MAP[1:]) * np.float32(0.5)
+
+
+def check_quant_type(quant_type: str) -> str:
+    """The name itself.
+
+    Raises:
+      ValueError: it is not a 4-bit type's; the nearest one is named.
+    """
+    if quant_type not in CODEBOOKS:
+        close = difflib.get_close_matches(str(quant_type).lower(), CODEBOOKS, n=1, cutoff=0.4)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"quant_type must be one of {', '.join(CODEBOOKS)}, got {quant_type!r}{hint}")
+    return quant_type

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from qlora_jax.nf4 import calls
-from qlora_jax.nf4.codebook import CODEBOOKS, DYNAMIC_MAP, SCALE_GROUP
+from qlora_jax.nf4.codebook import CODEBOOKS, COMPILED_TYPES, DYNAMIC_MAP, SCALE_GROUP
 from qlora_jax.nf4.dispatch import cuda_kernel
 from qlora_jax.nf4.kernels import cuda_kernels_loaded
 from qlora_jax.nf4.layout import fragments_to_rows
@@ -20,8 +20,9 @@ from qlora_jax.nf4.tensor import NF4Tensor
 def dequantize(w: NF4Tensor, dtype: jax.typing.DTypeLike | None = None) -> Float[Array, "*layers in out"]:
     """The weights that `w` stands for: `T(float32 code * float32 scale)`, rounded once to `T = w.dtype`.
 
-    On a CUDA GPU whose kernels are loaded this is one launch of a kernel for each layer; elsewhere it is pure JAX. The
-    bits are the same. The weight is frozen: with the kernel there is no derivative in its scales.
+    On a CUDA GPU whose kernels are loaded NF4 is one launch of a kernel for each layer; elsewhere, and for the other
+    types everywhere, it is pure JAX. The bits are the same. The weight is frozen: with the kernel there is no
+    derivative in its scales.
 
     Args:
       w: one layer, a view of one, a shard (local extents), or a whole stack; in either layout.
@@ -31,7 +32,7 @@ def dequantize(w: NF4Tensor, dtype: jax.typing.DTypeLike | None = None) -> Float
       `[in, out]`, or `[L, in, out]` for a stack without a layer view.
     """
     dtype = jnp.dtype(dtype or w.dtype)
-    if not cuda_kernels_loaded() or cuda_kernel() == "xla":
+    if w.quant_type not in COMPILED_TYPES or not cuda_kernels_loaded() or cuda_kernel() == "xla":
         return decode(w, dtype)
     return _decode_per_platform(w, dtype)
 
@@ -54,7 +55,7 @@ def decode(w: NF4Tensor, dtype: Any) -> Float[Array, "*layers in out"]:
     if w.num_layers is not None and w.where is None:
         return jax.vmap(functools.partial(decode, dtype=dtype))(w)
     w = as_rows(w)
-    weights = jnp.asarray(CODEBOOKS[w.quant_type])[_unpack(w.packed)]
+    weights = jnp.asarray(CODEBOOKS[w.quant_type].values)[_unpack(w.packed)]
     if w.is_flat:
         in_features, out_features = w.shape
         blocks = decode_absmax(w.absmax, w.absmax_scale, w.absmax_offset, jnp.arange(w.absmax.size) // SCALE_GROUP)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from qlora_jax.nf4.codebook import COMPILED_TYPES
 from qlora_jax.nf4.kernels import ROUTE_CODES, asked_kernels, chosen_kernels, cuda_kernels_loaded, load_module, runs_on
 from qlora_jax.nf4.tensor import NF4Tensor
 
@@ -58,11 +59,13 @@ def choose_route(rows: int, w: NF4Tensor, dtype: str, *, input_gradient: bool, c
       compute_capability: of the device, such as "9.0", at least "8.0".
 
     Returns:
-      "skinny", "tile" or "dequantize".
+      "skinny", "tile" or "dequantize"; "xla" for a type that the kernels do not know.
 
     Raises:
       ValueError: no kernels exist for that compute capability.
     """
+    if w.quant_type not in COMPILED_TYPES:
+        return "xla"
     if why_not_fused(w, dtype):
         return "dequantize"
     limits = thresholds(compute_capability)["input_gradient" if input_gradient else "forward"]
@@ -73,6 +76,8 @@ def choose_route(rows: int, w: NF4Tensor, dtype: str, *, input_gradient: bool, c
 
 def why_not_fused(w: NF4Tensor, dtype: str) -> str | None:
     """Why the kernels that multiply 4-bit weights cannot take these operands; None where they can."""
+    if reason := why_not_compiled(w):
+        return reason
     if dtype == "float32":
         return "activations are float32, and tensor cores would round them"
     if w.layout != "fragments":
@@ -82,6 +87,26 @@ def why_not_fused(w: NF4Tensor, dtype: str) -> str | None:
     if dtype == "float16" and w.dtype == "bfloat16":
         return "activations are float16 and the weight bfloat16, which float16 cannot hold"
     return None
+
+
+def why_not_compiled(w: NF4Tensor) -> str | None:
+    """Why no compiled kernel, on any platform, can take a weight; None where they can."""
+    if w.quant_type not in COMPILED_TYPES:
+        return f"the weight is {w.quant_type!r}, and the compiled kernels know {', '.join(COMPILED_TYPES)} alone"
+    return None
+
+
+def pure_jax_only(w: NF4Tensor) -> bool:
+    """Whether a weight is multiplied in pure JAX on every platform.
+
+    Raises:
+      RuntimeError: it is, and compiled kernels were asked for.
+    """
+    reason = why_not_compiled(w)
+    choice, asked_by = asked_kernels()
+    if reason and choice not in ("auto", "xla"):
+        raise RuntimeError(f"the {choice!r} kernels were asked for ({asked_by}), but {reason}: 'auto' or 'xla' runs it")
+    return reason is not None
 
 
 def thresholds(compute_capability: str) -> Mapping[str, Thresholds]:
@@ -197,6 +222,8 @@ def cuda_route(rows: int, w: NF4Tensor, dtype: str, *, input_gradient: bool) -> 
     Raises:
       RuntimeError: what was asked for is not there, or cannot take these operands.
     """
+    if pure_jax_only(w):
+        return "xla"
     choice = cuda_kernel()
     if choice == "ffi":
         capability, _ = compute_capability()

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from qlora_jax.nf4.blockwise import FLOATS
 from qlora_jax.nf4.calls import dequantize_rows, multiply
 from qlora_jax.nf4.decode import as_rows, decode
-from qlora_jax.nf4.dispatch import cuda_route
+from qlora_jax.nf4.dispatch import cuda_route, pure_jax_only
 from qlora_jax.nf4.kernels import ROUTE_CODES, asked_kernels, chosen_kernels, cuda_kernels_loaded
 from qlora_jax.nf4.platforms import per_platform, refuse, vary_like
 from qlora_jax.nf4.tensor import NF4Tensor
@@ -27,7 +27,8 @@ from qlora_jax.nf4.tensor import NF4Tensor
 def nf4_matmul(x: Float[Array, "*batch in"], w: NF4Tensor) -> Float[Array, "*batch out"]:
     """`x @ dequantize(w)` with float32 accumulation, without keeping a dense weight.
 
-    The weight's values are rounded to `w.dtype`, then to x's dtype. Differentiable in x only: the weight is frozen.
+    The weight's values are rounded to `w.dtype`, then to x's dtype. Differentiable in x only: the weight is frozen. The
+    compiled kernels know NF4; the other 4-bit types are dequantized and multiplied in pure JAX on every platform.
 
     Args:
       x: float32, bfloat16 or float16, `[..., in_features]`.
@@ -122,6 +123,8 @@ _input_gradient.def_vmap(functools.partial(_batching_rule, _input_gradient))
 def _product(x: Array, w: NF4Tensor, input_gradient: bool) -> Array:
     if x.shape[0] == 0:
         return jnp.zeros((0, w.local_shape[0 if input_gradient else 1]), x.dtype)
+    if pure_jax_only(w):
+        return _product_xla(x, w, input_gradient)
     if cuda_kernels_loaded() and asked_kernels()[0] != "xla":
         return _product_per_platform(x, w, input_gradient)
     return _product_with(chosen_kernels(), x, w, input_gradient)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from qlora_jax.nf4.codebook import COMPILED_TYPES
 from qlora_jax.nf4.kernels import cuda_kernels_loaded, platform_name
 from qlora_jax.nf4.layout import check_layout
 from qlora_jax.nf4.tensor import NF4Tensor
@@ -21,20 +22,21 @@ def place(w: NF4Tensor) -> NF4Tensor:
 
     While a stack is repacked, both orders of it are in memory.
     """
-    return w.to_layout(device_layout(w.shape, w.block_size, platform_of(w.packed)))
+    return w.to_layout(device_layout(w.shape, w.block_size, platform_of(w.packed), w.quant_type))
 
 
-def device_layout(shape: tuple[int, int], block_size: int, platform: str) -> str:
+def device_layout(shape: tuple[int, int], block_size: int, platform: str, quant_type: str = "nf4") -> str:
     """The layout for a weight that is going to live on a platform.
 
     Args:
       shape: `(in_features, out_features)`.
       block_size: weights per scale.
       platform: "cpu", "cuda", ... (see platform_of).
+      quant_type: the 4-bit type.
 
     Returns:
-      "fragments" on CUDA where its kernels are loaded and multiply such weights (whole blocks in a row, of 64 or more),
-      else "rows". With use_layout or QLORA_JAX_LAYOUT: what that says, "rows" where there are no fragments.
+      "fragments" on CUDA where its kernels are loaded and multiply such weights (NF4, whole blocks in a row, of 64 or
+      more), else "rows". With use_layout or QLORA_JAX_LAYOUT: what that says, "rows" where there are no fragments.
 
     Raises:
       ValueError: QLORA_JAX_LAYOUT holds another word.
@@ -44,7 +46,8 @@ def device_layout(shape: tuple[int, int], block_size: int, platform: str) -> str
         return "rows"
     if asked != "auto":
         return asked
-    return "fragments" if platform == "cuda" and cuda_kernels_loaded() and block_size >= 64 else "rows"
+    multiplied = quant_type in COMPILED_TYPES and block_size >= 64
+    return "fragments" if platform == "cuda" and cuda_kernels_loaded() and multiplied else "rows"
 
 
 def platform_of(array: Any = None) -> str:

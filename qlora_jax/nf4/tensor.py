@@ -32,7 +32,7 @@ class NF4Tensor:
       absmax_offset: float32 `[]`, the mean that double quantization subtracts; None without it.
       where: int32 `[3]` = (layer, first row, first block of a row) of a view; None: a whole, unstacked tensor.
       shape: `(in_features, out_features)` of one whole layer.
-      quant_type: "nf4".
+      quant_type: "nf4", or another 4-bit type (qlora_jax.nf4.codebook).
       block_size: number of weights that share one scale.
       dtype: name of the dtype that the weight had; dequantized values are rounded to it.
       layout: "rows", the byte order above, or "fragments", that of the CUDA kernels (qlora_jax.nf4.layout). It changes

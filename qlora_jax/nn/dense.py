@@ -66,7 +66,7 @@ class nf4_dense(nnx.Module):
           alpha: the adapter is scaled by `alpha / rank`.
           dropout: probability of dropout on the adapter's input, for calls that get a key.
           use_bias: adds a frozen bias of zeros.
-          quant_type: "nf4", or None to keep a dense frozen kernel (16-bit LoRA).
+          quant_type: a 4-bit type (see quantize), or None to keep a dense frozen kernel (16-bit LoRA).
           block_size: weights per scale.
           double_quant: whether to quantize the scales.
           dtype: dtype of the computation; None: that of x.
@@ -283,7 +283,7 @@ def freeze(kernel: NF4Tensor | Array, quant_type: str | None, block_size: int, d
     if quant_type is None:
         return kernel
     in_features, out_features = kernel.shape[-2:]
-    layout = device_layout((in_features, out_features), block_size, platform_of(kernel))
+    layout = device_layout((in_features, out_features), block_size, platform_of(kernel), quant_type)
     return quantize(kernel, quant_type, block_size, double_quant, layout=layout)
 
 

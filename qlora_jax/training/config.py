@@ -50,10 +50,10 @@ class ModelSection(Section):
 
 
 class QuantSection(Section):
-    type: Literal["nf4", "none"] = Field(
+    type: Literal["nf4", "fp4", "int4", "e2m1", "e3m0", "none"] = Field(
         "nf4",
         description="nf4: the frozen weights take 4 bits (QLoRA). none: they keep 16 bits (LoRA), four times the "
-        "memory for a slightly lower loss.",
+        "memory for a slightly lower loss. fp4, int4, e2m1, e3m0: other 4-bit types, to compare; slower, in pure JAX.",
     )
     block_size: BLOCK_SIZES = Field(  # type: ignore[valid-type]
         64, description="Weights that share one scale. Larger saves a fraction of a bit and rounds more coarsely."

@@ -115,7 +115,7 @@ def describe_plan(
     train = config.train
     steps = planned_steps(config, epoch)
     passes = steps * train.accumulation / epoch.batches
-    linears = "linears in 4 bits" if config.quant.type == "nf4" else "16 bits"
+    linears = "linears in 4 bits" if config.quant.type != "none" else "16 bits"
     placed = " (paged)" if config.optim.paged else ""
     rows = len(dataset.train) + dataset.train_too_long
     counted = f"{steps:,} step{'s' * (steps != 1)} of {_rows(train.batch_size * train.accumulation)}"

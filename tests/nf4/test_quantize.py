@@ -136,7 +136,7 @@ def test_pytrees_accept_any_leaf():
     [
         ((np.zeros((64, 4), np.int8),), TypeError, "got int8"),
         (("kernel",), TypeError, "got str"),
-        ((np.zeros((64, 4), np.float32), "nf5"), ValueError, "got 'nf5'"),
+        ((np.zeros((64, 4), np.float32), "nf5"), ValueError, "got 'nf5'; did you mean 'nf4'"),
         ((np.zeros((64, 4), np.float32), "nf4", 48), ValueError, "got 48"),
         ((np.zeros(64, np.float32),), ValueError, r"got \(64,\)"),
         ((np.zeros((0, 4), np.float32),), ValueError, r"got \(0, 4\)"),

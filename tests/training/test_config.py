@@ -122,7 +122,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
         f"lora.rank=eight ({file})",
         f"unknown key lora.rnk ({file})",
         "quant.type=nf5",
-        "'nf4' or 'none'",
+        "'e3m0' or 'none'",
         "'stray' is neither key=value",
         "optim.betas=[0.9,2] (command line)",
         "data.path=missing.jsonl (command line) does not exist",
