@@ -288,6 +288,7 @@ FUSED = {"tokens": 4, "in_features": 128, "out_features": 192}
         ({"tokens": 65535 * 64 + 1, "splits": 2}, "too large to be split"),
         ({"tokens": 2**40, "in_features": 2**40}, "too large"),
         ({"tokens": 2**16, "out_features": 2**38}, "more blocks than a CUDA grid holds"),
+        ({"in_features": 2**31}, "contraction in 32 bits"),
         ({"tokens": -1}, "negative"),
     ],
 )

@@ -15,14 +15,14 @@ using Sums = float[K::kStrips][K::kColumnTiles][4];
 // Shared memory as a warp of a k-group sees it.
 template <typename K>
 struct WarpView {
-  uint32_t table;   // of code pairs: this lane's copies
+  uint32_t table;   // of code pairs
   uint32_t scales;  // decoded, of the present step
   int warp, lane;   // the warp counts in its k-group
 
   // Codes of a byte of `word` as a pair of T: the low nibble's first.
   __device__ uint32_t CodePair(uint32_t word, int byte) const {
     const uint32_t shifted = byte == 0 ? word << 7 : word >> (8 * byte - 7);
-    return LookUp(table + (shifted & 0x7f80u));
+    return LookUp(table + ((shifted & 0x7f80u) | lane * 4));  // one instruction for both
   }
 
   // Tokens of 16 contraction steps as the B operand: b[j] belongs to tokens 8j..8j+7.

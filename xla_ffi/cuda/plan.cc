@@ -16,13 +16,16 @@ constexpr int64_t kMaxGridYZ = 65535;
 // Element counts below this keep every byte count and offset within 64 bits.
 constexpr int64_t kMaxElements = int64_t{1} << 56;
 
+// Contraction steps and their first element are 32-bit numbers in the kernels.
+constexpr int64_t kMaxContraction = (int64_t{1} << 31) - kTile;
+
 constexpr int kElementwiseThreads = 256;
 // What a block of the elementwise kernels handles: weights in rows, 64x64 tiles in fragments, sums of splits.
 constexpr int64_t kRowWeightsPerBlock = 8 * 4 * kElementwiseThreads;
 constexpr int64_t kFragmentTilesPerBlock = kElementwiseThreads / 32;
 constexpr int64_t kSumsPerBlock = 4 * kElementwiseThreads;
 
-// What ChooseSplits weighs, in clocks of an H100: predicted from counted instructions, not measured. A block's tables and
+// What ChooseSplits weighs, in clocks of an H100: predicted from instructions counted in machine code, not measured. A block's tables and
 // ends; a contraction step of a block; one more launch; partial sums written and read again at 2.8 TB/s. A block alone
 // on a multiprocessor has too few warps to hide latencies and is taken for 1.6 of them.
 constexpr int64_t kBlockClocks = 1000;
@@ -135,6 +138,7 @@ Plan PlanProduct(const CudaProblem& p) {
     plan.zero_bytes = p.tokens * outputs * 2;
     return plan;
   }
+  if (contraction > kMaxContraction) return Refuse("the kernels count a contraction in 32 bits", p);
   const ProductShape shape = ShapeOf(p);
   const int64_t steps = CeilDivide(contraction, kTile);
   const int64_t row_groups = CeilDivide(outputs, shape.rows());

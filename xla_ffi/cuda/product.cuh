@@ -112,7 +112,7 @@ __device__ void Product(const typename K::Storage* x, typename K::Storage* y, fl
   const uint32_t scales = dynamic_map + kDynamicMapBytes + group * kGroupBytes;
   const uint32_t stages = scales + K::kRows * 4;
   const StepCopies<K> copies(work, thread, dynamic_map, scales, stages);
-  const WarpView<K> view{table + threadIdx.x % 32 * 4, scales, thread / 32, static_cast<int>(threadIdx.x % 32)};
+  const WarpView<K> view{table, scales, thread / 32, static_cast<int>(threadIdx.x % 32)};
 
   const int64_t steps = FragmentTiles(work.contraction);
   const int begin = static_cast<int>(steps * work.split / splits) + group;
