@@ -7,7 +7,7 @@ executed. jax has no public way to do this; the private names used here are the 
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class Compiled:
     temp: int
     output: int
     aliased: int
-    hlo: str
+    hlo: str = field(repr=False)
     host_arguments: int
     host_aliased: int
     host_temp: int

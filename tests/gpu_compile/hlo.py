@@ -19,7 +19,7 @@ class Instruction:
     arrays: list[tuple[str, tuple[int, ...]]]
     operands: list[str]
     rest: str
-    users: list["Instruction"] = field(default_factory=list)
+    users: list["Instruction"] = field(default_factory=list, repr=False)  # a failed test would print the whole graph
 
     @property
     def target(self) -> str | None:
