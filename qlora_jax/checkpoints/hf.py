@@ -21,13 +21,16 @@ _NOT_FETCHED = ["original/*", "consolidated*", "onnx/*"]
 class HFCheckpoint:
     """A LLaMA in an HF folder; see `Checkpoint`. Headers are read and checked here, tensors on demand."""
 
+    # By the names of safetensors, beside F32, F16 and BF16.
+    stored_dtypes: tuple[str, ...] = ()
+
     def __init__(self, folder: Path) -> None:
         self.path = folder
         self.config = read_config(folder)
         self._files = _weight_files(folder)
         self._tensors: dict[str, StoredTensor] = {}
         for file, expected in self._files.items():
-            found = read_header(file)
+            found = read_header(file, self.stored_dtypes)
             if expected is not None and (missing := sorted(expected - found.keys())):
                 raise UserError(
                     f"tensor {missing[0]!r} is missing in {file}",
@@ -104,7 +107,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a LLaMA with the keys that `Checkpoint.config` promises.
 
     Raises:
-      UserError: no config.json, not JSON, not a LLaMA with a language-model head, quantized, or a key missing.
+      UserError: no config.json, not JSON, not a LLaMA with a language-model head, quantized otherwise than by
+        bitsandbytes in 4 bits, or a key missing.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -123,12 +127,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             fix="model.path=FOLDER of a LLaMA",
         )
     if quantization := raw.get("quantization_config"):
-        method = quantization.get("quant_method", "bitsandbytes")
-        raise UserError(
-            f"{folder} is quantized already ({method})",
-            why="prequantized folders are not supported yet: weights are quantized as they are loaded",
-            fix="model.path=FOLDER of the 16-bit model",
-        )
+        _check_method(folder, quantization)
     if bad := [key for key in _REQUIRED if not isinstance(raw.get(key), int) or raw[key] < 1]:
         raise UserError(
             f"{file} has no usable {', '.join(f'{key} ({raw.get(key)!r})' for key in bad)}",
@@ -142,6 +141,27 @@ def read_config(folder: Path) -> dict[str, Any]:
             why=first_line(error),
             fix="see rope_theta, rope_scaling or rope_parameters, and the numbers of heads in it",
         ) from error
+
+
+def _check_method(folder: Path, quantization: Any) -> None:
+    """Whether a quantization_config is one that is read: bitsandbytes in 4 bits.
+
+    Raises:
+      UserError: it is another, which is named.
+    """
+    quantization = quantization if isinstance(quantization, dict) else {"quant_method": repr(quantization)}
+    four_bits = bool(quantization.get("load_in_4bit") or quantization.get("_load_in_4bit"))
+    eight_bits = bool(quantization.get("load_in_8bit") or quantization.get("_load_in_8bit"))
+    # Old files do not say quant_method.
+    method = str(quantization.get("quant_method") or ("bitsandbytes" if four_bits or eight_bits else "unknown")).lower()
+    if method.startswith("bitsandbytes") and four_bits and not eight_bits:
+        return
+    named = "bitsandbytes, 8 bits" if method.startswith("bitsandbytes") else method
+    raise UserError(
+        f"{folder} is quantized by a method that is not read: {named}",
+        why="of quantized folders those of bitsandbytes in 4 bits (load_in_4bit) are read",
+        fix="model.path=FOLDER of the 16-bit model",
+    )
 
 
 def _normalised(raw: dict[str, Any]) -> dict[str, Any]:

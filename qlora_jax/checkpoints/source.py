@@ -56,19 +56,21 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Opens a pretrained model for reading; no tensor is read yet.
 
     Args:
-      path: an HF folder (config.json and safetensors), a .gguf file, or a name on the Hugging Face hub ("org/name"),
-        which is fetched into the hub's cache. A folder or file of that name goes before the hub.
+      path: an HF folder (config.json and safetensors, plain or in bitsandbytes' 4 bits), a .gguf file, or a name on the
+        Hugging Face hub ("org/name"), which is fetched into the hub's cache. A folder or file of that name goes before
+        the hub.
 
     Raises:
       UserError: nothing there, a file missing, damaged or cut short, or a model that cannot be read; each names the
         file, and the tensor where there is one.
     """
+    from qlora_jax.checkpoints.bitsandbytes import open_folder
     from qlora_jax.checkpoints.gguf import GGUFCheckpoint
-    from qlora_jax.checkpoints.hf import HFCheckpoint, fetch
+    from qlora_jax.checkpoints.hf import fetch
 
     local = Path(path).expanduser()
     if local.is_dir():
-        return HFCheckpoint(local)
+        return open_folder(local)
     if local.is_file():
         if local.suffix == ".safetensors" or local.name == "config.json":
             raise UserError(
@@ -78,7 +80,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             )
         return GGUFCheckpoint(local)
     if _HUB_NAME.fullmatch(str(path)):
-        return HFCheckpoint(fetch(str(path)))
+        return open_folder(fetch(str(path)))
     raise UserError(
         f"no such folder or file: {path}",
         why="a model is an HF folder, a .gguf file, or a hub name of the form org/name",

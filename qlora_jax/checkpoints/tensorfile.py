@@ -1,6 +1,7 @@
 """Files inside checkpoint folders: safetensors and JSON, with errors that name the file and the tensor."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from qlora_jax.errors import UserError
 
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_OTHER_DTYPES = {"U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "F64": np.dtype(np.float64)}
 
 
 class StoredTensor(NamedTuple):
@@ -21,11 +23,15 @@ class StoredTensor(NamedTuple):
     dtype: np.dtype
 
 
-def read_header(file: Path) -> dict[str, StoredTensor]:
+def read_header(file: Path, also: Collection[str] = ()) -> dict[str, StoredTensor]:
     """Place, shape and dtype of each tensor of a safetensors file.
 
+    Args:
+      file: the file.
+      also: dtypes to accept beside F32, F16 and BF16: some of U8, I8 and F64.
+
     Raises:
-      UserError: the file is damaged or cut short, or a tensor is no float32, float16 or bfloat16.
+      UserError: the file is damaged or cut short, or a tensor has another dtype.
     """
     tensors = {}
     try:
@@ -35,14 +41,15 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 tensors[name] = (tuple(view.get_shape()), str(view.get_dtype()))
     except (SafetensorError, OSError) as error:
         raise unreadable(file, error) from error
+    dtypes = _DTYPES | {name: _OTHER_DTYPES[name] for name in also}
     for name, (_, dtype) in tensors.items():
-        if dtype not in _DTYPES:
+        if dtype not in dtypes:
             raise UserError(
                 f"tensor {name!r} of {file} is stored as {dtype}",
-                why="weights are read as F32, F16 or BF16; quantized files are not supported yet",
+                why="weights are read as F32, F16 or BF16, or, where config.json says load_in_4bit, in bitsandbytes' 4",
                 fix="model.path=FOLDER of the 16-bit model",
             )
-    return {name: StoredTensor(file, shape, _DTYPES[dtype]) for name, (shape, dtype) in tensors.items()}
+    return {name: StoredTensor(file, shape, dtypes[dtype]) for name, (shape, dtype) in tensors.items()}
 
 
 def read_tensor(file: Path, name: str) -> np.ndarray:
@@ -50,9 +57,14 @@ def read_tensor(file: Path, name: str) -> np.ndarray:
 
     The file is opened for each tensor: closing drops the mapping, so that pages read once do not pile up.
     """
+    return read_tensors(file, [name])[name]
+
+
+def read_tensors(file: Path, names: list[str]) -> dict[str, np.ndarray]:
+    """Several (small) tensors of a safetensors file, by name. UserError: the file cannot be read any more."""
     try:
         with safe_open(file, framework="numpy") as opened:
-            return opened.get_tensor(name)
+            return {name: opened.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise unreadable(file, error) from error
 

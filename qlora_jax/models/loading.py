@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from qlora_jax.checkpoints.bitsandbytes import BitsandbytesCheckpoint
 from qlora_jax.checkpoints.source import Checkpoint, open_checkpoint
 from qlora_jax.errors import UserError, UserErrors
 from qlora_jax.models.config import BLOCK_LINEARS, BLOCK_NORMS, LlamaConfig
@@ -46,6 +47,12 @@ def load_model(
     head stay dense, with the checkpoint's values and dtype. On a GPU with CUDA kernels 4-bit weights have their layout
     ("fragments"), each tensor repacked before the next one is read.
 
+    Of a folder that bitsandbytes has quantized (`*-bnb-4bit`) the stored bytes are taken, with their own type, block
+    size and kind of scales; other values of `quant_type`, `block_size` and `double_quant` than the defaults must agree.
+    Modules that were skipped stay dense. Layers are stacked, so a linear that is stored in 4 bits in some layers and
+    dense in others (or in two kinds of 4 bits) is dense in all of them, with exactly the values that the bytes stand
+    for.
+
     Args:
       path: an HF folder, a .gguf file, a hub name, or what `open_checkpoint` returned for one.
       quant_type: a 4-bit type (see quantize), or None to keep the linears in 16 bits (LoRA without the Q).
@@ -61,14 +68,15 @@ def load_model(
 
     Raises:
       UserError: nothing usable at `path`; a tensor missing, unexpected, of another shape than config.json says, or
-        with values that are not finite; an unknown target.
+        with values that are not finite; an unknown target; settings that contradict a quantized folder.
     """
     checkpoint = open_checkpoint(path) if isinstance(path, str | Path) else path
     config = LlamaConfig.from_dict(checkpoint.config)
     _check_targets(targets or ())
     _check_tensors(checkpoint, config)
+    _check_stored(checkpoint, quant_type, block_size, double_quant)
     encode: _Encode = _to_kernel
-    if quant_type is not None:
+    if quant_type is not None and not isinstance(checkpoint, BitsandbytesCheckpoint):
         encode = functools.partial(
             _to_nf4, quant_type=quant_type, block_size=block_size, double_quant=double_quant, platform=platform_of()
         )
@@ -76,7 +84,7 @@ def load_model(
     layers: dict[str, Any] = {norm: {"weight": reader.stack(f"{norm}.weight", _as_is)} for norm in BLOCK_NORMS}
     for linear in BLOCK_LINEARS:
         group, name = linear.split(".")
-        parts = {"kernel": reader.stack(f"{linear}.weight", encode)}
+        parts = {"kernel": reader.stack(f"{linear}.weight", encode, packed=_is_packed(checkpoint, linear, config))}
         if config.has_bias(linear):
             parts["bias"] = reader.stack(f"{linear}.bias", _as_is)
         layers.setdefault(group, {})[name] = parts
@@ -97,12 +105,20 @@ def load_model(
 _Encode = Callable[[Array], tuple[Any, Array]]
 
 
-def check_model(checkpoint: Checkpoint) -> None:
+def check_model(
+    checkpoint: Checkpoint, *, quant_type: str | None = "nf4", block_size: int = 64, double_quant: bool = True
+) -> None:
     """Whether `load_model` will take a checkpoint, as far as that can be told without reading a tensor.
 
+    Args:
+      checkpoint: what `open_checkpoint` returned.
+      quant_type, block_size, double_quant: what `load_model` will be given.
+
     Raises:
-      UserError: a configuration that is not supported; tensors missing, unexpected or of another shape than it says.
+      UserError: a configuration that is not supported; tensors missing, unexpected or of another shape than it says;
+        settings that contradict a quantized folder.
     """
+    _check_stored(checkpoint, quant_type, block_size, double_quant)
     _check_tensors(checkpoint, LlamaConfig.from_dict(checkpoint.config))
 
 
@@ -115,8 +131,13 @@ class _Reader:
         self.progress = progress
         self.done, self.total = 0, len(checkpoint.names())
 
-    def one(self, name: str, encode: _Encode) -> Any:
-        value, finite = encode(jnp.asarray(self.checkpoint.read(name)))
+    def one(self, name: str, encode: _Encode, *, packed: bool = False) -> Any:
+        if packed:
+            assert isinstance(self.checkpoint, BitsandbytesCheckpoint)
+            stored = jax.tree.map(jnp.asarray, self.checkpoint.read_packed(name))
+            value, finite = _as_stored(stored, platform=platform_of())
+        else:
+            value, finite = encode(jnp.asarray(self.checkpoint.read(name)))
         if not finite:
             raise UserError(
                 f"tensor {name!r} of {self.checkpoint.path} has values that are NaN or infinite",
@@ -128,11 +149,11 @@ class _Reader:
             self.progress(self.done, self.total)
         return value
 
-    def stack(self, name: str, encode: _Encode) -> Any:
-        """The tensors of that name in every layer, with `[L]` in front."""
+    def stack(self, name: str, encode: _Encode, *, packed: bool = False) -> Any:
+        """The tensors of that name in every layer, with `[L]` in front; `packed`: with the bytes that are stored."""
         stacks: Any = None
         for layer in range(self.num_layers):
-            value = self.one(f"model.layers.{layer}.{name}", encode)
+            value = self.one(f"model.layers.{layer}.{name}", encode, packed=packed)
             if stacks is None:
                 stacks = jax.tree.map(lambda leaf: np.empty((self.num_layers, *leaf.shape), leaf.dtype), value)
             for stack, leaf in zip(jax.tree.leaves(stacks), jax.tree.leaves(value), strict=True):
@@ -163,6 +184,50 @@ def _to_nf4(
     out_features, in_features = weight.shape
     layout = device_layout((in_features, out_features), block_size, platform, quant_type)
     return quantize(weight.T, quant_type, block_size, double_quant, layout=layout), jnp.isfinite(weight).all()
+
+
+@functools.partial(jax.jit, static_argnames="platform")
+def _as_stored(w: NF4Tensor, *, platform: str) -> tuple[NF4Tensor, Array]:
+    floats = [leaf for leaf in jax.tree.leaves(w) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all()
+    return w.to_layout(device_layout(w.shape, w.block_size, platform, w.quant_type)), finite
+
+
+def _is_packed(checkpoint: Checkpoint, linear: str, config: LlamaConfig) -> bool:
+    """Whether a linear is stored in 4 bits, and alike in all layers, so that the bytes can be stacked as they are."""
+    if not isinstance(checkpoint, BitsandbytesCheckpoint):
+        return False
+    forms = {checkpoint.form(f"model.layers.{layer}.{linear}.weight") for layer in range(config.num_hidden_layers)}
+    return len(forms) == 1 and None not in forms
+
+
+def _check_stored(checkpoint: Checkpoint, quant_type: str | None, block_size: int, double_quant: bool) -> None:
+    """Whether what was asked for is what a quantized checkpoint holds. Defaults ask for nothing.
+
+    Raises:
+      UserError: everything that contradicts it, at once.
+    """
+    if not isinstance(checkpoint, BitsandbytesCheckpoint):
+        return
+    forms = [form for name in checkpoint.names() if (form := checkpoint.form(name)) is not None]
+    kinds, sizes = {form.quant_type for form in forms}, {form.block_size for form in forms}
+    wrong = []
+    if quant_type not in (*kinds, "nf4"):
+        wrong.append((f"quant.type={quant_type or 'none'}", f"quant.type={min(kinds)}"))
+    if block_size not in (*sizes, 64):
+        wrong.append((f"quant.block_size={block_size}", f"quant.block_size={min(sizes)}"))
+    if not double_quant and all(form.double_quant for form in forms):
+        wrong.append(("quant.double_quant=false", "quant.double_quant=true"))
+    errors = [
+        UserError(
+            f"{asked} for {checkpoint.path}, which bitsandbytes has quantized otherwise",
+            why="its bytes are taken as they are: to quantize again would add error to error",
+            fix=f"{fix}, or model.path=FOLDER of the 16-bit model",
+        )
+        for asked, fix in wrong
+    ]
+    if errors:
+        raise errors[0] if len(errors) == 1 else UserErrors(errors)
 
 
 def _in_16_bits(weight: Array) -> Array:

@@ -59,7 +59,7 @@ def measure_model(checkpoint: "Checkpoint", config: TrainConfig) -> Sizes:
             weight_bytes += count * checkpoint.dtype(name).itemsize
             continue
         linears.add(match[1])
-        weight_bytes += _linear_bytes(count, config)
+        weight_bytes += _linear_bytes(checkpoint, name, count, config)
         if targets is None or set(match[1].split(".")) & set(targets):
             trained += config.lora.rank * sum(shape)
     known = sorted({part for linear in linears for part in linear.split(".")})
@@ -147,11 +147,21 @@ def _rows(count: int) -> str:
     return f"{count:,} row{'s' * (count != 1)}"
 
 
-def _linear_bytes(count: int, config: TrainConfig) -> int:
-    if config.quant.type == "none":
+def _linear_bytes(checkpoint: "Checkpoint", name: str, count: int, config: TrainConfig) -> int:
+    from qlora_jax.checkpoints.bitsandbytes import BitsandbytesCheckpoint
+
+    block_size: int = config.quant.block_size
+    double_quant = config.quant.double_quant
+    dense = config.quant.type == "none"
+    if isinstance(checkpoint, BitsandbytesCheckpoint):
+        form = checkpoint.form(name)
+        dense = form is None
+        if form is not None:
+            block_size, double_quant = form.block_size, form.double_quant
+    if dense:
         return 2 * count
-    blocks = math.ceil(count / config.quant.block_size)
-    scales = blocks + 4 * math.ceil(blocks / _SCALE_GROUP) + 4 if config.quant.double_quant else 4 * blocks
+    blocks = math.ceil(count / block_size)
+    scales = blocks + 4 * math.ceil(blocks / _SCALE_GROUP) + 4 if double_quant else 4 * blocks
     return math.ceil(count / 2) + scales
 
 

@@ -47,7 +47,7 @@ def prepare(config: TrainConfig) -> Prepared:
     if config.model.path is None:
         raise UserError("model.path is not given", why="there is nothing to finetune", fix="model.path=FOLDER_OR_GGUF")
     checkpoint = open_checkpoint(config.model.path)
-    check_model(checkpoint)
+    check_model(checkpoint, **config.quant.load_arguments())
     sizes = measure_model(checkpoint, config)
     tokenizer = checkpoint.tokenizer()
     check_vocabulary(tokenizer, checkpoint.shape("model.embed_tokens.weight")[0], config.model.path)

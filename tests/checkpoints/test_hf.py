@@ -189,10 +189,10 @@ def test_unsupported_architecture(edit_config, changes):
     assert "LlamaForCausalLM" in text
 
 
-def test_prequantized_folder(golden_dir):
-    text = message(golden_dir / "interop" / "tiny_llama_bnb4")
-    assert "bitsandbytes" in text
-    assert "not supported yet" in text
+def test_prequantized_folder_of_another_method(edit_config):
+    text = message(edit_config(quantization_config={"quant_method": "gptq"}))
+    assert "gptq" in text
+    assert "bitsandbytes in 4 bits" in text
 
 
 def test_quantized_tensor_without_a_quantization_config(tiny_folder):

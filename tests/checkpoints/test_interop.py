@@ -162,3 +162,36 @@ def test_smollm2_has_transformers_bits(torch):
     assert checkpoint.config["rope_theta"] == theirs.config.rope_parameters["rope_theta"]
     for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps"):
         assert checkpoint.config[key] == pytest.approx(getattr(theirs.config, key), rel=1e-7)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_transformers_4_bit_folder_gives_its_weights_and_logits(golden_dir, tmp_path, torch, quant_type):
+    """Written here by transformers and bitsandbytes; logits in float32 over the weights that bitsandbytes decodes."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=quant_type == "nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_quant_storage=torch.uint8 if quant_type == "nf4" else torch.bfloat16,
+        llm_int8_skip_modules=["lm_head", "v_proj"],
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(
+        golden_dir / "interop" / "tiny_llama_bf16", quantization_config=config, dtype=torch.bfloat16, device_map="cpu"
+    )
+    theirs.save_pretrained(tmp_path / "model")
+    model = load_model(tmp_path / "model", dtype=jnp.float32)
+    kernel = model.layers.mlp.up_proj.kernel.get_value()
+    assert (kernel.quant_type, kernel.absmax_scale is None) == (quant_type, quant_type == "fp4")
+    assert not isinstance(model.layers.self_attn.v_proj.kernel.get_value(), NF4Tensor)
+    dense = AutoModelForCausalLM.from_pretrained(golden_dir / "interop" / "tiny_llama_bf16", dtype=torch.float32)
+    for name, module in theirs.named_modules():
+        if isinstance(module, Linear4bit):
+            decoded = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            dense.get_submodule(name).weight.data.copy_(decoded)
+    for i, layer in enumerate(np.asarray(dequantize(kernel), np.float32)):
+        np.testing.assert_array_equal(layer.T, dense.model.layers[i].mlp.up_proj.weight.detach().numpy())
+    np.testing.assert_allclose(torch_logits(dense, torch), np.asarray(model(jnp.asarray(IDS))), atol=1e-3, rtol=0)

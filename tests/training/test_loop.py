@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,6 +59,22 @@ def test_a_run_learns_and_writes_everything(train, compilations):
     assert "step 30/30" in printed
     assert compilations.count("train_step") <= 1
     assert compilations.count("eval_step") <= 1
+
+
+def test_a_base_that_bitsandbytes_quantized(train, tiny_model, golden_dir, tmp_path):
+    """Trained from the bytes that are stored; the record names them, and what contradicts them is refused."""
+    base = tmp_path / "bnb-4bit"
+    shutil.copytree(tiny_model, base)
+    for name in ("config.json", "model.safetensors"):
+        (base / name).unlink()
+        shutil.copyfile(golden_dir / "interop" / "tiny_llama_bnb4" / name, base / name)
+    settings = {"model.path": str(base), "eval.samples": 0, "eval.every": 10}
+    _, folder, _ = train(**settings, **{"train.steps": 20})
+    losses = [line["eval_loss"] for line in folder.read_metrics() if "eval_loss" in line]
+    assert losses[-1] < 0.95 * losses[0]
+    assert open_checkpoint(base).fingerprint() in (folder.adapter / "README.md").read_text()
+    with pytest.raises(UserError, match=r"quant\.block_size=128"):
+        train(**settings, **{"output_dir": str(tmp_path / "other"), "quant.block_size": 128})
 
 
 def test_eval_loss_is_the_mean_over_every_held_out_token(train, tiny_model, tiny_rows):
