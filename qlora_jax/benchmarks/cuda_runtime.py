@@ -30,6 +30,8 @@ _WORKSPACE_BYTES = 32 * 2**20
 def load_library(name: str, folders: Sequence[Path] = ()) -> ctypes.CDLL:
     """A shared library from the given folders, else from NVIDIA's pip wheels, else as the system finds it.
 
+    Libraries that are loaded later and need one of this name get this one.
+
     Raises:
       OSError: none loads.
     """
@@ -39,8 +41,8 @@ def load_library(name: str, folders: Sequence[Path] = ()) -> ctypes.CDLL:
     found += [file for place in wheels for file in sorted(place.glob(f"*/lib/{name}"))]
     for file in found:
         if file.exists():
-            return ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
-    return ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+            return ctypes.CDLL(str(file))
+    return ctypes.CDLL(name)
 
 
 class CudaRuntime:

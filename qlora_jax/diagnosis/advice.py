@@ -52,10 +52,8 @@ def _gpu_problems(findings: dict[str, Any]) -> list[Problem]:
         return [Problem(False, f"a GPU is there ({names}), and JAX does not use it: {why_not}", fix)]
     slow = f"the GPU ({names}) runs without the CUDA kernels, in pure JAX: {why_not}"
     if why_not.startswith("wrong architecture"):
-        # A kernel without code for the device fails when it is launched.
         number = findings["devices"][0]["compute_capability"].replace(".", "")
-        return [Problem(True, f"the CUDA kernels cannot run on the GPU ({names}): {why_not}",
-                        f"QLORA_CUDA_ARCHITECTURES={number}-real {_WITH_NVCC}")]  # fmt: skip
+        return [Problem(False, slow, f"QLORA_CUDA_ARCHITECTURES={number}-real {_WITH_NVCC}")]
     fix = _REINSTALL if why_not.startswith("the library is not loaded") else _WITH_NVCC
     return [Problem(False, f"{slow} ({findings['cuda_library']})", fix)]
 

@@ -56,15 +56,6 @@ def collect() -> dict[str, Any]:
     return findings | {"host_memory": host_kind_available()} | _kernels(findings["backend"], devices, driver)
 
 
-def runs_on(architecture: str, capability: str) -> bool:
-    """Whether machine code of an architecture ("80", "90a") runs on a GPU of a compute capability ("8.6")."""
-    major, minor = (int(part) for part in capability.split("."))
-    number = int(architecture.rstrip("af"))
-    if architecture.endswith("a"):
-        return number == 10 * major + minor
-    return number // 10 == major and number % 10 <= minor
-
-
 def _kernels(backend: str, devices: list[dict[str, Any]], driver: Driver) -> dict[str, Any]:
     from qlora_jax.nf4 import kernel_report
     from qlora_jax.nf4.dispatch import TABLE, dispatch_report
@@ -107,9 +98,10 @@ def _why_not_used(
         )
     if status != "loaded":
         return f"the library is {status}"
-    capabilities = [device["compute_capability"] for device in devices]
-    for capability in capabilities:
-        if not any(runs_on(architecture, capability) for architecture in architectures):
+    from qlora_jax.nf4.kernels import runs_on
+
+    for capability in (device["compute_capability"] for device in devices):
+        if not runs_on(capability):
             return f"wrong architecture: compiled for {', '.join(architectures)}, the GPU has {capability}"
     return None
 

@@ -70,27 +70,6 @@ def host_double(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / _LIBRARIES[-1]
 
 
-def leave_out(part: str) -> None:
-    """Skips the test where its part was left out by name."""
-    if part in os.environ.get("QLORA_GPU_TESTS_WITHOUT", "").split(","):
-        pytest.skip(f"left out by QLORA_GPU_TESTS_WITHOUT: {part}")
-
-
-@pytest.fixture
-def without_bitsandbytes() -> None:
-    leave_out("bitsandbytes")
-
-
-@pytest.fixture
-def without_sanitizer() -> None:
-    leave_out("sanitizer")
-
-
-@pytest.fixture
-def without_demo() -> None:
-    leave_out("demo")
-
-
 @pytest.fixture
 def device_of_way(way: Way) -> jax.Device:
     return jax.local_devices(backend="cuda" if way.device == "gpu" else "cpu")[0]

@@ -1,6 +1,7 @@
 """Ways to multiply, weights for them, and products in float64."""
 
 import dataclasses
+import os
 from typing import Any
 
 import jax
@@ -106,3 +107,9 @@ def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.n
 def error(got: np.ndarray, expected: np.ndarray) -> float:
     """Relative Frobenius distance."""
     return float(np.linalg.norm(got.astype(np.float64) - expected) / np.linalg.norm(expected))
+
+
+def leave_out(part: str) -> None:
+    """Skips the test where its part was left out by name."""
+    if part in os.environ.get("QLORA_GPU_TESTS_WITHOUT", "").split(","):
+        pytest.skip(f"left out by QLORA_GPU_TESTS_WITHOUT: {part}")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from gpu_cases import leave_out
 
 from qlora_jax import bench
 from qlora_jax.benchmarks.bitsandbytes import BitsAndBytes
@@ -25,9 +26,11 @@ VARIABLE = "QLORA_BITSANDBYTES_LIBRARY"
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 
 
-def library_path(device: jax.Device, host_double: Path) -> Path:
+@pytest.fixture
+def library_path(device: jax.Device, request: pytest.FixtureRequest) -> Path:
     if device.platform == "cpu":
-        return host_double
+        return request.getfixturevalue("host_double")
+    leave_out("bitsandbytes")
     if VARIABLE not in os.environ:
         pytest.fail(
             f"set {VARIABLE} to libbitsandbytes_cuda130.so of bitsandbytes' wheel, or leave these tests out by "
@@ -38,10 +41,8 @@ def library_path(device: jax.Device, host_double: Path) -> Path:
 
 
 @pytest.fixture
-def library(device: jax.Device, host_double: Path, request: pytest.FixtureRequest) -> BitsAndBytes:
-    if device.platform != "cpu":
-        request.getfixturevalue("without_bitsandbytes")
-    return BitsAndBytes(library_path(device, host_double))
+def library(library_path: Path) -> BitsAndBytes:
+    return BitsAndBytes(library_path)
 
 
 @pytest.fixture(scope="module")
@@ -160,11 +161,11 @@ def test_peers_read_the_copy_that_is_meant(library: BitsAndBytes) -> None:
 
 
 def test_the_timing_door_takes_the_library(
-    device: jax.Device, library: BitsAndBytes, host_double: Path, tmp_path: Path
+    device: jax.Device, library: BitsAndBytes, library_path: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "bench.json"
     options = ["--quick", "--shapes", "128x64", "--rows", "4", "128", "--out", str(out)]
-    options += ["--bitsandbytes", str(library_path(device, host_double))]
+    options += ["--bitsandbytes", str(library_path)]
     assert bench.main(["kernels", "--device", "cpu" if device.platform == "cpu" else "gpu", *options]) == 0
     report = json.loads(out.read_text())
     assert [(case["op"], case["rows"]) for case in report["results"]] == [

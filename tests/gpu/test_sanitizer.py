@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from gpu_cases import leave_out
 
 SCRIPT = Path(__file__).with_name("small_launches.py")
 CLEAN = "ERROR SUMMARY: 0 errors"
@@ -52,9 +53,9 @@ def run(command: str, tool: str, platform: str, **variables: str) -> subprocess.
 
 
 @pytest.fixture
-def sanitizer(device: jax.Device, tmp_path: Path, request: pytest.FixtureRequest) -> str:
+def sanitizer(device: jax.Device, tmp_path: Path) -> str:
     if device.platform != "cpu":
-        request.getfixturevalue("without_sanitizer")
+        leave_out("sanitizer")
         return compute_sanitizer()
     command = tmp_path / "compute-sanitizer"
     command.write_text(STAND_IN)
