@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser.parse_args(given)
         if options.out is not None:
             _check_out(options.out)
+        _check_environment()
         _demo(options) if options.what == "demo" else _kernels(options)
     except UserError as error:
         return report_mistakes(error)
@@ -75,6 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         return report_fault()
     return 0
+
+
+def _check_environment() -> None:
+    from qlora_jax.nf4.environment import check_environment
+
+    check_environment()
 
 
 def _demo(options: argparse.Namespace) -> None:

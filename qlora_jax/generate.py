@@ -83,6 +83,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def answer(options: argparse.Namespace) -> None:
     """Answers --prompt, or stdin where it is no terminal, or holds a conversation."""
+    from qlora_jax.nf4.environment import check_environment
+
     source = _find(options)
     prompt = options.prompt
     if prompt is None and not sys.stdin.isatty():
@@ -91,6 +93,7 @@ def answer(options: argparse.Namespace) -> None:
         raise UserError("the prompt is empty", fix='--prompt "..."')
     _check_text(prompt or "", "the prompt")
     _check_text(options.system or "", "--system")
+    check_environment()
     ask = _load(source, options)
     start = [("system", options.system)] if options.system else []
     if prompt is not None:

@@ -119,8 +119,10 @@ def _nothing_to_resume(folder: RunFolder) -> UserError:
 
 def dry_run(job: Job) -> int:
     """Prints what the run would do. Writes nothing but the demo's model into the cache."""
+    from qlora_jax.nf4.environment import check_environment
     from qlora_jax.training.preparation import marked_example, prepare
 
+    check_environment()
     with tempfile.TemporaryDirectory() as scratch:
         config = with_model(job.config)
         if job.builds_rows:
@@ -135,9 +137,11 @@ def dry_run(job: Job) -> int:
 
 def train(job: Job) -> int:
     """Trains, reports, and says what to type next."""
+    from qlora_jax.nf4.environment import check_environment
     from qlora_jax.training.preparation import prepare
     from qlora_jax.training.progress import Progress
 
+    check_environment()
     progress = Progress(every=job.config.log.every)
     folder, config = job.folder, with_model(job.config, progress.say)
     if config.resume and not folder.config_path.exists():

@@ -129,8 +129,8 @@ def asked_kernels() -> tuple[str, str]:
     """
     if _override.value is not None:
         return _override.value, "use_kernels"
-    if ENVIRONMENT_VARIABLE in os.environ:
-        return _check(os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE
+    if given := os.environ.get(ENVIRONMENT_VARIABLE):
+        return _check(given, ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE
     return "auto", "default"
 
 

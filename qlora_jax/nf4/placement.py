@@ -41,7 +41,7 @@ def device_layout(shape: tuple[int, int], block_size: int, platform: str, quant_
     Raises:
       ValueError: QLORA_JAX_LAYOUT holds another word.
     """
-    asked = _override.value or _check(os.environ.get(LAYOUT_VARIABLE, "auto"), LAYOUT_VARIABLE)
+    asked = _override.value or _check(os.environ.get(LAYOUT_VARIABLE) or "auto", LAYOUT_VARIABLE)
     if shape[0] % block_size != 0:
         return "rows"
     if asked != "auto":
