@@ -23,6 +23,8 @@ MATMUL_DX_TARGET = "qlora_jax_nf4_matmul_dx"
 DEQUANTIZE_TARGET = "qlora_jax_nf4_dequantize"
 
 _MODULES = {"cpu": "_cpu", "cuda": "_cuda"}
+# The CUDA plugin takes what was registered for "CUDA", in capitals.
+_FFI_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
 # Any of them makes JAX know the platform "cuda".
 _CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 # Part of the key of JAX's caches: a trace made under one choice is not taken for another.
@@ -66,7 +68,7 @@ def _load() -> dict[str, str]:
                 report[platform] = "not loaded: jax has no CUDA plugin here (pip install 'jax[cuda13]')"
                 continue
             for target, capsule in module.registrations().items():
-                jax.ffi.register_ffi_target(target, capsule, platform=platform)
+                jax.ffi.register_ffi_target(target, capsule, platform=_FFI_PLATFORMS[platform])
         except ModuleNotFoundError as missing:
             # Without a CUDA compiler only the CPU's library is built.
             report[platform] = "not built" if missing.name == f"qlora_jax._lib.{name}" else f"not loaded: {missing}"

@@ -162,14 +162,16 @@ def test_cuda_kernels_are_registered_only_where_jax_can_compile_for_cuda(monkeyp
     built = types.SimpleNamespace(registrations=lambda: {"target": "capsule"})
     monkeypatch.setattr(module, "_MODULES", {"cuda": "_cuda"})
     monkeypatch.setattr(module, "load_module", lambda name: built)
-    monkeypatch.setattr(module.jax.ffi, "register_ffi_target", lambda *args, **kwargs: registered.append(args))
+    monkeypatch.setattr(
+        module.jax.ffi, "register_ffi_target", lambda *args, platform: registered.append((*args, platform))
+    )
 
     monkeypatch.setattr(module, "_CUDA_PLUGINS", ("no_such_plugin",))
     assert "no CUDA plugin" in module._load()["cuda"]
     assert not registered
     monkeypatch.setattr(module, "_CUDA_PLUGINS", ("no_such_plugin", "jax"))
     assert module._load() == {"cuda": "loaded"}
-    assert registered == [("target", "capsule")]
+    assert registered == [("target", "capsule", "CUDA")]
 
 
 def test_the_record_of_it(monkeypatch, cuda_loaded):
