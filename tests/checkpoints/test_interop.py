@@ -9,10 +9,12 @@ from flax import nnx
 from gguf import GGMLQuantizationType as Q
 
 from qlora_jax.checkpoints import open_checkpoint
+from qlora_jax.checkpoints.bitsandbytes_writer import save_bitsandbytes
 from qlora_jax.checkpoints.peft import load_adapter, save_adapter
 from qlora_jax.models.config import BLOCK_LINEARS
 from qlora_jax.models.loading import load_model
 from qlora_jax.nf4 import NF4Tensor, dequantize
+from qlora_jax.nn import FrozenParam
 
 pytestmark = [
     pytest.mark.interop,
@@ -195,3 +197,33 @@ def test_transformers_4_bit_folder_gives_its_weights_and_logits(golden_dir, tmp_
     for i, layer in enumerate(np.asarray(dequantize(kernel), np.float32)):
         np.testing.assert_array_equal(layer.T, dense.model.layers[i].mlp.up_proj.weight.detach().numpy())
     np.testing.assert_allclose(torch_logits(dense, torch), np.asarray(model(jnp.asarray(IDS))), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_a_4_bit_folder_of_ours_in_transformers(golden_dir, tmp_path, torch, quant_type):
+    """NF4 with double quantization: exactly the logits of the folder that transformers wrote. FP4, v_proj skipped."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+    from transformers import AutoModelForCausalLM
+
+    interop = golden_dir / "interop"
+    source = interop / ("tiny_llama_bnb4" if quant_type == "nf4" else "tiny_llama_bf16")
+    model = load_model(source, quant_type=quant_type, double_quant=quant_type == "nf4", dtype=jnp.float32)
+    if quant_type == "fp4":
+        plain = load_model(source, quant_type=None)
+        model.layers.self_attn.v_proj.kernel = FrozenParam(plain.layers.self_attn.v_proj.kernel.get_value())
+    save_bitsandbytes(model, tmp_path / "out", source=source)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map="cpu")
+    dense = AutoModelForCausalLM.from_pretrained(interop / "tiny_llama_bf16", dtype=torch.float32)
+    packed = {name: module for name, module in ours.named_modules() if isinstance(module, Linear4bit)}
+    assert len(packed) == (14 if quant_type == "nf4" else 12)
+    for name, module in packed.items():
+        assert module.weight.quant_state.quant_type == quant_type
+        decoded = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        dense.get_submodule(name).weight.data.copy_(decoded)
+    np.testing.assert_allclose(torch_logits(dense, torch), np.asarray(model(jnp.asarray(IDS))), atol=1e-3, rtol=0)
+    if quant_type == "nf4":
+        theirs = AutoModelForCausalLM.from_pretrained(source, device_map="cpu")
+        with torch.no_grad():
+            left, right = (loaded(torch.tensor(IDS, dtype=torch.long)).logits.float() for loaded in (ours, theirs))
+        np.testing.assert_array_equal(left.numpy(), right.numpy())
