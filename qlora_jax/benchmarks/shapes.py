@@ -1,4 +1,4 @@
-"""Which products are timed, and in which order: what tells most comes first, since a lent GPU's time is short."""
+"""Which products are timed, and in which order: what tells most comes first, since time on a GPU is short."""
 
 from dataclasses import dataclass
 
