@@ -181,6 +181,9 @@ def _dequantize_and_dot(x: Array, w: NF4Tensor, input_gradient: bool) -> Array:
     where = jnp.zeros(3, jnp.int32) if w.where is None else w.where
     x, where = jax.lax.optimization_barrier((x, where))
     dense = dequantize_rows(dataclasses.replace(w, where=where), x.dtype)
+    # XLA merges products that share an operand, as q, k and v share x: it would write their dense weights side by side
+    # once more. What leaves this barrier is shared with nobody.
+    x, dense = jax.lax.optimization_barrier((x, dense))
     # The sum is in float32 whatever the result's dtype; a 16-bit result with no cast after it lets XLA add an adapter's
     # product inside this one (nn/lora.py). HIGHEST: a GPU's default for float32 is TF32, with 10 bits of mantissa.
     return jax.lax.dot_general(

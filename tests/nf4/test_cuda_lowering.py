@@ -104,10 +104,16 @@ def test_dequantize_and_dot(for_cuda, w, rows, dtype, hlo):
 
 def test_the_call_hangs_on_x_and_no_stack_passes_a_barrier(for_cuda):
     text = for_cuda(product, abstract(512, 128), FRAGMENTS, 1)
-    barrier = re.search(r"(%\d+):2 = stablehlo.optimization_barrier .* : tensor<512x128xbf16>, tensor<3xi32>", text)
-    assert barrier
-    assert re.search(rf"@qlora_jax_nf4_dequantize\(.*, {barrier[1]}#1\)", text)
-    assert re.search(rf"dot_general {barrier[1]}#0,", text)
+    types = r"tensor<512x128xbf16>, tensor<3xi32>"
+    first = re.search(rf"(%\d+):2 = stablehlo.optimization_barrier .* : {types}", text)
+    assert first
+    call = re.search(rf"(%\d+) = stablehlo.custom_call @qlora_jax_nf4_dequantize\(.*, {first[1]}#1\)", text)
+    assert call
+    # x passes once more with the dense weight: else products that share x would be merged, and their weights copied.
+    second = re.search(rf"(%\d+):2 = stablehlo.optimization_barrier {first[1]}#0, {call[1]} :", text)
+    assert second
+    assert re.search(rf"dot_general {second[1]}#0, {second[1]}#1,", text)
+    assert text.count("optimization_barrier") == 2
 
 
 def test_a_flat_weight_and_one_without_double_quantization(for_cuda):
