@@ -14,6 +14,9 @@ enum class Layout { kRows, kFragments };
 
 constexpr int64_t kFragmentTile = 64;
 
+// Element counts up to this keep every byte count and offset within 64 bits.
+constexpr int64_t kMaxElements = int64_t{1} << 56;
+
 QLORA_JAX_HOST_DEVICE static constexpr int64_t FragmentTiles(int64_t features) {
   return (features + kFragmentTile - 1) / kFragmentTile;
 }

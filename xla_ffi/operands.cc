@@ -13,9 +13,6 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// Sizes and byte counts of what fits here fit 64 bits with room to spare.
-constexpr int64_t kMaxElements = int64_t{1} << 56;
-
 std::optional<Dtype> ActivationDtype(ffi::DataType dtype) {
   switch (dtype) {
     case ffi::DataType::F32:

@@ -25,8 +25,7 @@ __device__ void Fill(Tables& tables) {
   __syncthreads();
 }
 
-// The weight's own dtype first; where it is T, storing rounds once.
-template <typename T>
+// The weight's own dtype first. Where T is the same, storing rounds once more, which changes nothing.
 __device__ float RoundToWeightDtype(Dtype dtype, float value) {
   if (dtype == Dtype::kBfloat16) return __bfloat162float(__float2bfloat16_rn(value));
   if (dtype == Dtype::kFloat16) return __half2float(__float2half_rn(value));
@@ -38,7 +37,7 @@ template <typename T>
 __device__ void StoreEight(typename T::Storage* dense, uint32_t codes, float scale, Dtype dtype, const float* code) {
   float value[8];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) value[i] = RoundToWeightDtype<T>(dtype, MultiplyRounded(code[codes >> 4 * i & 15], scale));
+  for (int i = 0; i < 8; ++i) value[i] = RoundToWeightDtype(dtype, MultiplyRounded(code[codes >> 4 * i & 15], scale));
   if constexpr (sizeof(typename T::Storage) == 4) {
     StoreGlobal(dense, make_float4(value[0], value[1], value[2], value[3]));
     StoreGlobal(dense + 4, make_float4(value[4], value[5], value[6], value[7]));
@@ -88,7 +87,7 @@ __device__ void DequantizeRows(typename T::Storage* dense, QLORA_JAX_WEIGHT_PARA
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         if (element + i < size) {
-          dense[element + i] = RoundToWeightDtype<T>(dtype, MultiplyRounded(tables.code[codes >> 4 * i & 15], scale));
+          dense[element + i] = RoundToWeightDtype(dtype, MultiplyRounded(tables.code[codes >> 4 * i & 15], scale));
         }
       }
     }

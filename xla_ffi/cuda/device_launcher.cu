@@ -82,21 +82,4 @@ std::string DeviceLauncher::Clear(void* data, int64_t bytes) {
   return Text(error != cudaSuccess ? error : last);
 }
 
-DeviceProperties PropertiesOf(int ordinal) {
-  DeviceProperties properties{};
-  cudaDeviceProp found;
-  const cudaError_t error = cudaGetDeviceProperties(&found, ordinal);
-  if (error != cudaSuccess) {
-    cudaGetLastError();
-    properties.error = Text(error);
-    return properties;
-  }
-  properties.name = found.name;
-  properties.major = found.major;
-  properties.minor = found.minor;
-  properties.multiprocessors = found.multiProcessorCount;
-  properties.max_shared_bytes = static_cast<int>(found.sharedMemPerBlockOptin);
-  return properties;
-}
-
 }  // namespace qlora_jax

@@ -20,16 +20,6 @@ class DeviceLauncher : public Launcher {
   void* stream_;  // cudaStream_t
 };
 
-struct DeviceProperties {
-  std::string error;  // why they are unknown; empty if they are known
-  std::string name;
-  int major, minor;  // compute capability
-  int multiprocessors;
-  int max_shared_bytes;  // that a block can ask for
-};
-
-DeviceProperties PropertiesOf(int ordinal);
-
 }  // namespace qlora_jax
 
 #endif  // QLORA_JAX_CUDA_DEVICE_LAUNCHER_H_

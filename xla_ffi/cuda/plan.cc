@@ -13,8 +13,6 @@ namespace {
 // CUDA's limits, the same for every device that the kernels are built for.
 constexpr int64_t kMaxGridX = (int64_t{1} << 31) - 1;
 constexpr int64_t kMaxGridYZ = 65535;
-// Element counts below this keep every byte count and offset within 64 bits.
-constexpr int64_t kMaxElements = int64_t{1} << 56;
 
 // Contraction steps and their first element are 32-bit numbers in the kernels.
 constexpr int64_t kMaxContraction = (int64_t{1} << 31) - kTile;
