@@ -1,6 +1,9 @@
 """What every test runs under: four CPU devices, warnings as errors (pyproject), no silent rank promotion."""
 
+import json
 import os
+import shutil
+import string
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -24,3 +27,21 @@ GOLDEN = Path(__file__).parent / "golden"
 def golden_dir() -> Path:
     """Reference arrays and checkpoints made by torch, bitsandbytes and PEFT (tests/golden/README.md)."""
     return GOLDEN
+
+
+@pytest.fixture
+def tiny_llama(tmp_path: Path, golden_dir: Path) -> tuple[Path, Path]:
+    """A two-layer model with a tokenizer of single characters, and a file of rows."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    model = tmp_path / "model"
+    shutil.copytree(golden_dir / "interop" / "tiny_llama_bf16", model)
+    characters = ["<unk>", "</s>", *string.printable]
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.save(str(model / "tokenizer.json"))
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "eos_token": "</s>"}
+    (model / "tokenizer_config.json").write_text(json.dumps(names))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"instruction": f"{n}+1", "output": f"{n + 1}"}) + "\n" for n in range(40)))
+    return model, rows

@@ -4,8 +4,6 @@ import importlib
 import io
 import json
 import math
-import shutil
-import string
 
 import numpy as np
 import pytest
@@ -30,24 +28,6 @@ def check_description(report):
     assert report["device"] == report["platform"] == "cpu"
     assert report["dispatch"]["asked"] == "auto"
     assert report["instruction_set"] in ("portable", "avx2", "avx512", "avx512_bf16")
-
-
-@pytest.fixture
-def tiny_llama(tmp_path, golden_dir):
-    """A two-layer model with a tokenizer of single characters, and a file of rows."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-
-    model = tmp_path / "model"
-    shutil.copytree(golden_dir / "interop" / "tiny_llama_bf16", model)
-    characters = ["<unk>", "</s>", *string.printable]
-    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.save(str(model / "tokenizer.json"))
-    names = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "eos_token": "</s>"}
-    (model / "tokenizer_config.json").write_text(json.dumps(names))
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"instruction": f"{n}+1", "output": f"{n + 1}"}) + "\n" for n in range(40)))
-    return model, rows
 
 
 def test_kernels_as_json(tmp_path, capsys):

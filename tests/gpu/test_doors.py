@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import string
 import subprocess
 import sys
 from pathlib import Path
@@ -33,20 +31,9 @@ def train(platform: str, output: Path, *arguments: str) -> tuple[dict[int, float
 
 
 @pytest.fixture
-def tiny_llama(tmp_path: Path, golden_dir: Path) -> list[str]:
+def tiny_run(tiny_llama: tuple[Path, Path]) -> list[str]:
     """Settings of a run of a two-layer model whose tokens are single characters."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-
-    model = tmp_path / "model"
-    shutil.copytree(golden_dir / "interop" / "tiny_llama_bf16", model)
-    characters = ["<unk>", "</s>", *string.printable]
-    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.save(str(model / "tokenizer.json"))
-    names = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "eos_token": "</s>"}
-    (model / "tokenizer_config.json").write_text(json.dumps(names))
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"instruction": f"{n}+1", "output": f"{n + 1}"}) + "\n" for n in range(40)))
+    model, rows = tiny_llama
     settings = {
         "model.path": model,
         "data.path": rows,
@@ -71,8 +58,8 @@ def compare(device: jax.Device, tmp_path: Path, *settings: str) -> None:
     assert environment["kernels"]["cpu" if device.platform == "cpu" else "cuda"] == "loaded"
 
 
-def test_a_training_run_has_the_losses_of_a_cpu(device: jax.Device, tmp_path: Path, tiny_llama: list[str]) -> None:
-    compare(device, tmp_path, *tiny_llama)
+def test_a_training_run_has_the_losses_of_a_cpu(device: jax.Device, tmp_path: Path, tiny_run: list[str]) -> None:
+    compare(device, tmp_path, *tiny_run)
 
 
 @pytest.mark.gpu
