@@ -75,7 +75,7 @@ def build_docstring_set(seed: int = 0, eval_rows: int = 400) -> DocstringSet:
       UserError: the running Python cannot be started again to read its standard library.
     """
     dropped: Counter[str] = Counter()
-    candidates = _unique(_candidates(_scan(), dropped), dropped)
+    candidates = _unique(_candidates(scan_docstrings(), dropped), dropped)
     train, held_out = _split_by_module(candidates, seed, eval_rows)
     held_out = _without_near_copies(held_out, train, dropped)
     shuffle = random.Random(seed).shuffle
@@ -86,7 +86,12 @@ def build_docstring_set(seed: int = 0, eval_rows: int = 400) -> DocstringSet:
     return DocstringSet(train, held_out[:eval_rows], dropped)
 
 
-def _scan() -> list[dict[str, Any]]:
+def scan_docstrings() -> list[dict[str, Any]]:
+    """The public names of the running Python's standard library, as docstring_scan.py lists them.
+
+    Raises:
+      UserError: the running Python cannot be started again.
+    """
     # -I: neither the current folder nor PYTHONPATH may put a file of the user's in a standard module's place.
     command = [sys.executable, "-I", "-W", "ignore", str(Path(__file__).with_name("docstring_scan.py"))]
     try:

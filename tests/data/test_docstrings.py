@@ -34,7 +34,7 @@ def test_rows_are_many_and_well_formed(built: DocstringSet) -> None:
 
 
 def test_every_name_is_a_row_or_counted(built: DocstringSet) -> None:
-    assert sum(built.dropped.values()) + len(built.train) + len(built.evaluation) == len(docstrings._scan())
+    assert sum(built.dropped.values()) + len(built.train) + len(built.evaluation) == len(docstrings.scan_docstrings())
 
 
 def test_modules_and_answers_are_on_one_side_only(built: DocstringSet) -> None:
