@@ -1,73 +1,60 @@
-"""The timing door: `python -m qlora_jax.bench [kernels|demo] [--device cpu|gpu] [--out FILE] ...`.
+"""The timing door: `python -m qlora_jax.bench [kernels|cpu|step|demo|datatypes] [--out FILE] ...`.
 
 `kernels` times nf4_matmul and its input gradient beside their peers, dequantization beside a copy, and says which bars
-hold; `demo` times the training step of the demo. The report is one JSON object:
+hold; `cpu` does so on a CPU, beside bitsandbytes and torch in another Python (`--peers`); `step` times an optimizer
+step of a small LLaMA, `demo` that of the demo; `datatypes` measures the perplexity of each 4-bit type. The report is
+one JSON object:
 
-    benchmark, date, versions, platform, device, compute_capability, published (data sheet), dispatch, ...
-    results     kernels: one object for each product and direction: op ("forward" or "dx"), in, out, rows, dtype,
-                models, copies (weights rotated over), route (ours: "skinny", "tile", "dequantize", or "ffi", "xla"),
-                seconds of one product by way (median, low, high: quartiles), ratio (ours / way, from the same turns),
-                bitsandbytes (the way that is its own: "bnb_fused" or "bnb_dequantize"), floor_seconds (published
-                limits), bytes_per_second, flops_per_second, distance (from the dense result), errors by way
+    benchmark, date, versions, platform, device, compute_capability, published (data sheet), dispatch, cpu, threads, ...
+    results     kernels, cpu: one object for each product and direction: op ("forward" or "dx"), in, out, rows, dtype,
+                models, copies (weights rotated over), route (ours: "skinny", "tile", "dequantize", or "ffi", "xla";
+                cpu: "ours"), seconds of one product by way (median, low, high: quartiles), ratio (ours / way, from the
+                same turns), bitsandbytes (the way that is its own: "bnb_fused" or "bnb_dequantize"; cpu: the faster of
+                its modes, "bnb_train" or "bnb_eval"), floor_seconds (published limits), bytes_per_second,
+                flops_per_second, distance (from the dense result; cpu: of ours from bitsandbytes'), errors by way;
+                cpu, 128 rows and more: float32_flops_per_second (the quickest dense float32 product, by XLA or torch:
+                what stands for the peak of the cores' multiply-add units), of_float32 (our rate as a share of it)
     copy, dequantize    bytes moved in a second by a copy, and by dequantization of each shape
+    quantize    cpu: seconds, ratio and bytes of bfloat16 a second on each core, for each shape
+    eval_kernel cpu: what bitsandbytes' eval() mode ran on (see peer_linear.py)
+    peers       versions of what ran in the other Pythons
     left_out    cases for which there was no time
     bars        bar, least, cases, missed, worst, holds
+
+What `results` of `step`, `demo` and `datatypes` are, their modules say (benchmarks/step.py, demo.py, datatypes.py).
 """
 
 import argparse
-import difflib
+import contextlib
 import json
 import os
-import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from qlora_jax.benchmarks.options import make_parser
 from qlora_jax.errors import UserError
 from qlora_jax.training.console import prepare_console, report_fault, report_mistakes
 
 if TYPE_CHECKING:
     from qlora_jax.benchmarks.bitsandbytes import BitsAndBytes
     from qlora_jax.benchmarks.kernels import Settings, Sweep
+    from qlora_jax.benchmarks.peers import Peer
 
-_HELP = "python -m qlora_jax.bench --help lists every option"
-_EXAMPLES = """\
-examples:
-  python -m qlora_jax.bench                                    the kernels of this machine's device, beside XLA
-  python -m qlora_jax.bench kernels --device cpu --shapes 4096x4096 --rows 1 128
-  python -m qlora_jax.bench kernels --bitsandbytes libbitsandbytes_cuda130.so --out h100.json
-  python -m qlora_jax.bench demo                               the demo's training step
-
-Exit codes: 0 done (whether or not bars hold), 2 something you can mend, 130 interrupted, 1 anything else."""
 _DTYPES = {"cpu": ("bfloat16", "float32"), "gpu": ("bfloat16",)}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message, fix=_HELP)
-
-    def check_names(self, arguments: Sequence[str]) -> None:
-        """Names the nearest option for an unknown one."""
-        for argument in arguments:
-            name = argument.partition("=")[0]
-            if name.startswith("--") and name not in self._option_string_actions:
-                close = difflib.get_close_matches(name, self._option_string_actions, n=1)
-                raise UserError(f"unknown option {name}", fix=f"did you mean {close[0]}?" if close else _HELP)
+_MINUTES, _CPU_MINUTES = 9.0, 30.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the door and returns its exit code: 0, 2 (a user's mistake), 130 (interrupted), 1 (anything else)."""
     prepare_console()
-    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        parser = _parser()
-        parser.check_names(given)
-        options = parser.parse_args(given)
-        if options.out is not None:
-            _check_out(options.out)
+        options = make_parser().read(list(sys.argv[1:] if arguments is None else arguments))
+        if options.threads is not None:
+            _pin(options.threads)
         _check_environment()
-        _demo(options) if options.what == "demo" else _kernels(options)
+        _DOORS[options.what](options)
     except UserError as error:
         return report_mistakes(error)
     except KeyboardInterrupt:
@@ -84,14 +71,96 @@ def _check_environment() -> None:
     check_environment()
 
 
-def _demo(options: argparse.Namespace) -> None:
-    from qlora_jax.benchmarks.demo import time_demo
-    from qlora_jax.benchmarks.tables import demo_table
+def _pin(threads: int) -> None:
+    """Keeps this process, and those that it starts, on so many cores, for which XLA then makes threads.
 
-    results = time_demo(quick=options.quick)
-    report = _head("demo", options) | {"results": results}
+    Raises:
+      UserError: the machine has fewer, or cannot do it.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        raise UserError(
+            "--threads is for Linux", why="this system does not bind processes to cores", fix="leave it out"
+        )
+    cores = sorted(os.sched_getaffinity(0))
+    if threads > len(cores):
+        raise UserError(f"--threads {threads}, but this process may run on {len(cores)} cores", fix="a smaller number")
+    os.sched_setaffinity(0, cores[:threads])
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from qlora_jax.benchmarks.cpu_bars import evaluate_demo
+    from qlora_jax.benchmarks.demo import time_demo
+    from qlora_jax.benchmarks.tables import bars_table, runs_table
+
+    with _peers(options, peers="peer_peft.py") as peers:
+        report = _head("demo", options, peers)
+        report["results"] = time_demo(quick=options.quick, peer=peers.get("peers"))
+        report["bars"] = evaluate_demo(report["results"])
     _write(options.out, report)
-    _show(report, [demo_table(results)], options)
+    tables = [runs_table("a step of the demo", report["results"])]
+    _show(report, [*tables, *([bars_table(report["bars"], _machine(report))] if peers else [])], options)
+
+
+def _step(options: argparse.Namespace) -> None:
+    from qlora_jax.benchmarks import step
+    from qlora_jax.benchmarks.cpu_bars import evaluate_step
+    from qlora_jax.benchmarks.tables import bars_table, runs_table
+
+    with _peers(options, peers="peer_peft.py", qwix="peer_qwix.py") as started:
+        names = {"peers": "peft", "qwix": "qwix"}
+        report = _head("step", options, started)
+        shape, repeats = (step.QUICK, 3) if options.quick else (step.SHAPE, 9)
+        report |= step.time_step(shape, {names[name]: peer for name, peer in started.items()}, repeats=repeats)
+        report["bars"] = evaluate_step(report["results"])
+    _write(options.out, report)
+    title = f"a QLoRA step of {shape.tokens} tokens, hidden {shape.hidden_size}, {shape.num_hidden_layers} layers"
+    _show(report, [runs_table(title, report["results"]), bars_table(report["bars"], _machine(report))], options)
+
+
+def _cpu(options: argparse.Namespace) -> None:
+    _choose_device("cpu")
+    from qlora_jax.benchmarks import cpu
+    from qlora_jax.benchmarks.cpu_bars import evaluate
+    from qlora_jax.benchmarks.environment import threads
+    from qlora_jax.benchmarks.kernels import check_kernels
+    from qlora_jax.benchmarks.shapes import QUICK_ROWS, QUICK_SHAPES
+    from qlora_jax.benchmarks.tables import bars_table, cpu_table, quantize_table
+
+    check_kernels()
+    shapes, rows = (QUICK_SHAPES, QUICK_ROWS) if options.quick else (cpu.SHAPES, cpu.ROWS)
+    settings = cpu.Settings(
+        shapes=tuple(options.shapes or shapes),
+        rows=tuple(options.rows or rows),
+        repeats=3 if options.quick else 9,
+        seconds=60 * (_CPU_MINUTES if options.minutes is None else options.minutes),
+        copies=2 if options.quick else cpu.COPIES,
+    )
+    with _peers(options, peers="peer_linear.py") as peers:
+        report = _head("cpu", options, peers)
+
+        def take(sweep: cpu.Sweep) -> None:
+            report.update({name: getattr(sweep, name) for name in ("results", "quantize", "eval_kernel", "left_out")})
+            report["bars"] = evaluate(report)
+            _write(options.out, report)
+
+        cpu.run_sweep(settings, peers.get("peers"), threads(), take)
+    tables = [cpu_table(report), quantize_table(report["quantize"]), bars_table(report["bars"], _machine(report))]
+    _show(report, tables, options)
+
+
+def _datatypes(options: argparse.Namespace) -> None:
+    from qlora_jax.benchmarks import datatypes
+    from qlora_jax.benchmarks.tables import datatypes_table
+
+    report = _head("datatypes", options, {})
+
+    def take(study: dict[str, Any]) -> None:
+        report.update(study)
+        _write(options.out, report)
+
+    types, windows = (datatypes.QUICK, 4) if options.quick else (datatypes.DATATYPES, datatypes.WINDOWS)
+    datatypes.run_study(types, windows=options.windows or windows, after_each=take)
+    _show(report, [datatypes_table(report)], options)
 
 
 def _kernels(options: argparse.Namespace) -> None:
@@ -101,7 +170,7 @@ def _kernels(options: argparse.Namespace) -> None:
     from qlora_jax.benchmarks.tables import bars_table, kernels_table, memory_table
 
     check_kernels()
-    report = _head("kernels", options)
+    report = _head("kernels", options, {})
 
     def take(sweep: "Sweep") -> None:
         measured = {name: getattr(sweep, name) for name in ("copy", "dequantize", "results", "left_out")}
@@ -109,12 +178,15 @@ def _kernels(options: argparse.Namespace) -> None:
         report["bars"] = evaluate(report)
         _write(options.out, report)
 
-    run_sweep(_settings(options, _peer(options.bitsandbytes)), take)
-    tables = [kernels_table(report["results"]), memory_table(report), bars_table(report["bars"], report["device"])]
-    _show(report, tables, options)
+    run_sweep(_settings(options, _library(options.bitsandbytes)), take)
+    title = f"what is asked of an H100; this is: {report['device']}"
+    _show(report, [kernels_table(report["results"]), memory_table(report), bars_table(report["bars"], title)], options)
 
 
-def _settings(options: argparse.Namespace, peer: "BitsAndBytes | None") -> "Settings":
+_DOORS = {"kernels": _kernels, "cpu": _cpu, "step": _step, "demo": _demo, "datatypes": _datatypes}
+
+
+def _settings(options: argparse.Namespace, library: "BitsAndBytes | None") -> "Settings":
     import jax
 
     from qlora_jax.benchmarks import shapes
@@ -134,8 +206,8 @@ def _settings(options: argparse.Namespace, peer: "BitsAndBytes | None") -> "Sett
         dtypes=("bfloat16",) if options.quick else _DTYPES["gpu" if gpu else "cpu"],
         repeats=3 if options.quick else 7,
         copy_bytes=2**20 if options.quick else 2**30 if gpu else 2**26,
-        bitsandbytes=peer,
-        seconds=60 * options.minutes,
+        bitsandbytes=library,
+        seconds=60 * (_MINUTES if options.minutes is None else options.minutes),
     )
 
 
@@ -157,20 +229,57 @@ def _choose_device(device: str | None) -> None:
         )
 
 
-def _peer(path: Path | None) -> "BitsAndBytes | None":
+def _library(path: Path | None) -> "BitsAndBytes | None":
     if path is None:
         return None
     if not path.is_file():
-        raise UserError(f"--bitsandbytes {path} is no file", why="its shared library is meant", fix=_HELP)
+        raise UserError(
+            f"--bitsandbytes {path} is no file",
+            why="its shared library is meant",
+            fix="--bitsandbytes .../site-packages/bitsandbytes/libbitsandbytes_cuda130.so",
+        )
     from qlora_jax.benchmarks.bitsandbytes import BitsAndBytes
 
     return BitsAndBytes(path)
 
 
-def _head(what: str, options: argparse.Namespace) -> dict[str, Any]:
+@contextlib.contextmanager
+def _peers(options: argparse.Namespace, **calls: str) -> "Iterator[dict[str, Peer]]":
+    """Processes of the Pythons that options name, by option; they end with the block.
+
+    Raises:
+      UserError: one cannot be started, or a call failed in one.
+    """
+    from qlora_jax.benchmarks.environment import threads
+    from qlora_jax.benchmarks.peers import Peer, PeerError
+
+    with contextlib.ExitStack() as stack:
+        started = {
+            option: stack.enter_context(Peer(f"--{option}", getattr(options, option), file, threads()))
+            for option, file in calls.items()
+            if getattr(options, option) is not None
+        }
+        try:
+            yield started
+        except PeerError as error:
+            raise UserError(
+                "a peer cannot do what is to be measured", why=str(error), fix="another version?"
+            ) from error
+
+
+def _head(what: str, options: argparse.Namespace, peers: "dict[str, Peer]") -> dict[str, Any]:
     from qlora_jax.benchmarks.environment import describe
 
-    return {"benchmark": what, **describe(), "quick": options.quick}
+    versions = {name: peer.versions for name, peer in peers.items()}
+    return {"benchmark": what, **describe(), "peers": versions, "quick": options.quick}
+
+
+def _machine(report: dict[str, Any]) -> str:
+    """The title of a CPU's bars."""
+    from qlora_jax.benchmarks.cpu_bars import uses_amx
+
+    amx = "with AMX" if uses_amx(report) else "without AMX, of which nothing is asked where AMX is meant"
+    return f"what is asked of a CPU; this is: {report['cpu']}, {report['threads']} threads, {amx}"
 
 
 def _write(path: Path | None, report: dict[str, Any]) -> None:
@@ -189,98 +298,6 @@ def _show(report: dict[str, Any], tables: Sequence[Any], options: argparse.Names
     console = Console(width=None if sys.stdout.isatty() else 160)
     for table in tables:
         console.print(table)
-
-
-def _check_out(path: Path) -> None:
-    """Refuses before minutes are spent."""
-    if path.is_dir() or not path.parent.is_dir():
-        what = "is a folder" if path.is_dir() else f"cannot be written: {path.parent} is no folder"
-        raise UserError(f"--out {path} {what}", why="the report is one JSON file", fix="--out bench.json")
-    # Written beside, then renamed.
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"--out {path} cannot be written", why="no permission", fix="--out bench.json")
-
-
-def _shape(text: str) -> tuple[int, int]:
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape: INxOUT, such as 4096x11008")
-    in_features, out_features = text.split("x")
-    return int(in_features), int(out_features)
-
-
-def _positive(text: str) -> int:
-    if not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of rows: 1, 2, ...")
-    return int(text)
-
-
-def _minutes(text: str) -> float:
-    if not re.fullmatch(r"\d+(\.\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes")
-    return float(text)
-
-
-def _parser() -> _Parser:
-    from qlora_jax import __version__
-
-    parser = _Parser(
-        prog="python -m qlora_jax.bench",
-        description="Times the NF4 kernels, or the demo's training step, beside XLA, cuBLAS and bitsandbytes.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add(
-        "what",
-        nargs="?",
-        choices=("kernels", "demo"),
-        default="kernels",
-        help="kernels (default): nf4_matmul and its input gradient; demo: the demo's optimizer step, which fetches its "
-        "model the first time",
-    )
-    add(
-        "--device",
-        choices=("cpu", "gpu"),
-        help="where the kernels run; default: JAX's own choice. The same code and the same JSON on both",
-    )
-    add(
-        "--shapes",
-        metavar="INxOUT",
-        nargs="+",
-        type=_shape,
-        help="weights; default: every linear of LLaMA 7B, 65B, 8B, 70B and 13B on a GPU, of SmolLM2-135M and one of "
-        "4096x4096 on a CPU",
-    )
-    add(
-        "--rows",
-        metavar="M",
-        nargs="+",
-        type=_positive,
-        help="rows of the activations; default: 1 to 16384 on a GPU, what tells most first; 1 to 768 on a CPU",
-    )
-    add(
-        "--minutes",
-        metavar="N",
-        type=_minutes,
-        default=9.0,
-        help="begin no case after so long (9); what was left out is counted in the report",
-    )
-    add(
-        "--bitsandbytes",
-        metavar="FILE",
-        type=Path,
-        help="bitsandbytes' libbitsandbytes_cuda130.so: its kernels and cuBLAS become peers (torch is not needed)",
-    )
-    add("--json", action="store_true", help="print JSON in place of the tables")
-    add("--out", type=Path, metavar="FILE", help="write the JSON to FILE as well, again after every case")
-    add(
-        "--quick",
-        action="store_true",
-        help="one shape, few repeats, the demo without peers: a smoke test, not a measurement",
-    )
-    add("--version", action="version", version=f"qlora_jax {__version__}")
-    return parser
 
 
 if __name__ == "__main__":

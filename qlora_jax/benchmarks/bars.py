@@ -24,22 +24,22 @@ def evaluate(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     meant = DEVICE in report["device"]
     published = (report.get("published") or {}).get("bandwidth")
-    lines = []
-    for bar in [*_product_bars(published), _DEQUANTIZE]:
-        cases = report["dequantize"] if bar is _DEQUANTIZE else report["results"]
-        ratios = [(ratio, case) for case in cases if (ratio := _checked(bar, case)) is not None]
-        worst = min(ratios, key=lambda pair: pair[0], default=None)
-        lines.append(
-            {
-                "bar": bar.text,
-                "least": bar.least,
-                "cases": len(ratios),
-                "missed": sum(ratio < bar.least for ratio, _ in ratios),
-                "worst": worst and {"ratio": worst[0], "case": _name(worst[1])},
-                "holds": worst[0] >= bar.least if worst and meant else None,
-            }
-        )
-    return lines
+    products = [judge(bar, report["results"], meant=meant) for bar in _product_bars(published)]
+    return [*products, judge(_DEQUANTIZE, report["dequantize"], meant=meant)]
+
+
+def judge(bar: Bar, cases: Sequence[Mapping[str, Any]], *, meant: bool) -> dict[str, Any]:
+    """One line of a report's bars; `meant`: the bar is about such a machine."""
+    ratios = [(ratio, case) for case in cases if (ratio := _checked(bar, case)) is not None]
+    worst = min(ratios, key=lambda pair: pair[0], default=None)
+    return {
+        "bar": bar.text,
+        "least": bar.least,
+        "cases": len(ratios),
+        "missed": sum(ratio < bar.least for ratio, _ in ratios),
+        "worst": worst and {"ratio": worst[0], "case": _name(worst[1])},
+        "holds": worst[0] >= bar.least if worst and meant else None,
+    }
 
 
 def _checked(bar: Bar, case: Mapping[str, Any]) -> float | None:

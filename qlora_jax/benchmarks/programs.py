@@ -45,9 +45,14 @@ class Weights:
         return len(self.matrices)
 
 
+def make_matrix(shape: tuple[int, int]) -> jax.Array:
+    """A Gaussian weight, bfloat16 `[in, out]`."""
+    return jax.random.normal(jax.random.key(0), shape, jnp.bfloat16) * 0.02
+
+
 def make_weights(shape: tuple[int, int], dtype: str, copies: int) -> Weights:
-    """A Gaussian weight, quantized with double quantization from bfloat16."""
-    w = quantize(jax.random.normal(jax.random.key(0), shape, jnp.bfloat16) * 0.02)
+    """make_matrix's weight, quantized with double quantization."""
+    w = quantize(make_matrix(shape))
     matrix = dequantize(w, dtype)
     rows = NF4Tensor.stack([w] * copies)
     # Each copy at a place of its own.

@@ -52,9 +52,9 @@ def memory_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
-def bars_table(bars: Sequence[Mapping[str, Any]], device: str) -> Table:
+def bars_table(bars: Sequence[Mapping[str, Any]], title: str) -> Table:
     """Each bar with its worst case."""
-    table = _table(f"what is asked of an H100; this is: {device}")
+    table = _table(title)
     for heading in ("bar", "holds", "cases", "missed", "worst"):
         table.add_column(heading, justify="left")
     for bar in bars:
@@ -64,17 +64,81 @@ def bars_table(bars: Sequence[Mapping[str, Any]], device: str) -> Table:
     return table
 
 
-def demo_table(results: Sequence[Mapping[str, Any]]) -> Table:
+def cpu_table(report: Mapping[str, Any]) -> Table:
+    """Milliseconds, and ratios with quartiles."""
+    kernel = {None: "", "bitsandbytes": "; eval(): its own kernel", "kernels": "; eval(): the kernel of `kernels`"}
+    table = _table(f"nf4_matmul on the CPU: ours / peer, below 1: ours is faster{kernel[report['eval_kernel']]}")
+    ways = {"torch": "torch bf16", "bnb_train": "bnb train()", "bnb_eval": "bnb eval()", "dense": "XLA bf16"}
+    ways = {way: name for way, name in ways.items() if any(way in case["ratio"] for case in report["results"])}
+    for heading in ("op", "in x out", "rows", "ms", *(f"/ {name}" for name in ways.values()), "of float32"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for case in report["results"]:
+        table.add_row(
+            case["op"],
+            f"{case['in']} x {case['out']}",
+            str(case["rows"]),
+            f"{case['seconds']['ours']['median'] * 1e3:.3f}",
+            *(
+                "wrong" if way in case["errors"] else _show_ratio(case["ratio"].get(way), quartiles=True)
+                for way in ways
+            ),
+            _show_ratio(case.get("of_float32"), quartiles=True),
+        )
+    return table
+
+
+def quantize_table(cases: Sequence[Mapping[str, Any]]) -> Table:
+    """GB of bfloat16 in a second, on each core."""
+    table = _table("quantize: GB of bfloat16 a second on each core")
+    for heading in ("in x out", "ours", "bitsandbytes", "ours / bitsandbytes"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for case in cases:
+        rates = {name: f"{rate / 1e9:.2f}" for name, rate in case["bytes_per_second_and_core"].items()}
+        ratio = _show_ratio(case["ratio"].get("bnb"), quartiles=True)
+        table.add_row(f"{case['in']} x {case['out']}", rates["ours"], rates.get("bnb", ""), ratio)
+    return table
+
+
+_RUNS = {
+    "ours": "ours",
+    "ffi": "QLoRA, compiled kernels",
+    "xla": "QLoRA, pure JAX",
+    "dense": "16-bit LoRA",
+    "peft": "transformers + peft + bitsandbytes",
+    "peft_answers": "the same, head at answers only",
+    "qwix": "Qwix",
+}
+
+
+def runs_table(title: str, results: Sequence[Mapping[str, Any]]) -> Table:
     """One line per run."""
-    table = _table("a step of the demo: ours / peer, below 1: ours is faster")
-    names = {"ffi": "QLoRA, compiled kernels", "xla": "QLoRA, pure JAX", "dense": "16-bit LoRA"}
-    for heading in ("run", "steps", "s", "quartiles", "ours / this"):
+    table = _table(f"{title}: ours / peer, below 1: ours is faster")
+    for heading in ("run", "steps", "s", "quartiles", "tokens/s", "ours / this"):
         table.add_column(heading, justify="right", no_wrap=True)
     for run in results:
-        seconds = run["seconds"]
+        seconds, ratio = run["seconds"], run["ratio"]
+        rate = f"{run['tokens_per_second']:.0f}" if "tokens_per_second" in run else ""
         quartiles = f"{seconds['low']:.3f} to {seconds['high']:.3f}"
-        cells = str(run["steps"]), f"{seconds['median']:.3f}", quartiles, f"{run['ratio']:.2f}"
-        table.add_row(names[run["name"]], *cells)
+        shown = _show_ratio(ratio, quartiles="low" in ratio)
+        table.add_row(_RUNS[run["name"]], str(run["steps"]), f"{seconds['median']:.3f}", quartiles, rate, shown)
+    return table
+
+
+def datatypes_table(report: Mapping[str, Any]) -> Table:
+    """One line per type, in the order of the study."""
+    text = report["text"]
+    table = _table(f"{report['model']}: {text['windows']} windows of {text['context']} tokens ({text['source']})")
+    for heading in ("type", "relative squared error", "loss", "perplexity", "loss - 16-bit", "standard error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for line in report["results"]:
+        difference = f"{line['difference']:+.4f}", f"{line['standard_error']:.4f}"
+        table.add_row(
+            line["name"],
+            f"{line['relative_squared_error']:.5f}",
+            f"{line['loss']:.4f}",
+            f"{line['perplexity']:.2f}",
+            *(difference if line["quant_type"] else ("", "")),
+        )
     return table
 
 

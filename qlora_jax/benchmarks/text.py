@@ -1,4 +1,4 @@
-"""Text to measure perplexity on that every machine has: the long docstrings of the running Python's standard library."""
+"""Text for perplexity that every machine has: the long docstrings of the running Python's standard library."""
 
 import hashlib
 import inspect

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 # A measurement takes at least this long, so that starting and awaiting it does not count.
 MIN_SECONDS = 0.004
@@ -20,23 +20,48 @@ class Program(Protocol):
         """Runs the program that often and waits for the last result."""
 
 
+@runtime_checkable
+class SelfTimed(Protocol):
+    """A program in another process, which takes its own time: asking it to run takes some, too."""
+
+    def seconds(self, times: int) -> float:
+        """Runs the program that often and says how long that took."""
+
+
 def interleave(
-    programs: Mapping[str, Program], *, repeats: int, min_seconds: float = MIN_SECONDS
+    programs: Mapping[str, Program], *, repeats: int, min_seconds: float = MIN_SECONDS, rest: float = 0.0
 ) -> dict[str, list[float]]:
-    """Seconds of one call, `repeats` times for each program, taken in turns."""
+    """Seconds of one call, `repeats` times for each program, taken in turns.
+
+    Args:
+      programs: what is timed.
+      repeats: measurements of each.
+      min_seconds: of one measurement.
+      rest: seconds to wait before each measurement, with a run that does not count after them. For programs of several
+        processes: threads of one go on spinning for a while, and the caches hold its data.
+    """
     times = {}
     for name, program in programs.items():
         program.run(1)
-        began = time.perf_counter()
-        program.run(1)
-        times[name] = max(1, round(min_seconds / (time.perf_counter() - began)))
+        times[name] = max(1, round(min_seconds / elapsed(program, 1)))
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(repeats):
         for name, program in programs.items():
-            began = time.perf_counter()
-            program.run(times[name])
-            seconds[name].append((time.perf_counter() - began) / (times[name] * program.calls))
+            if rest:
+                time.sleep(rest)
+                if times[name] > 1:  # a long one brings its data as it runs
+                    program.run(1)
+            seconds[name].append(elapsed(program, times[name]) / (times[name] * program.calls))
     return seconds
+
+
+def elapsed(program: Program, times: int) -> float:
+    """Seconds that so many runs take."""
+    if isinstance(program, SelfTimed):
+        return program.seconds(times)
+    began = time.perf_counter()
+    program.run(times)
+    return time.perf_counter() - began
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
