@@ -150,21 +150,38 @@ def test_every_case_is_written_at_once(monkeypatch, tmp_path):
     assert [case["rows"] for case in json.loads(out.read_text())["results"]] == [1, 1]
 
 
-def test_a_step_of_the_demo_as_json(monkeypatch, tiny_llama, capsys):
-    from qlora_jax.training import demo
+def test_the_cpu_without_peers_as_tables(capsys):
+    assert bench.main(["cpu", "--quick", "--shapes", "64x32", "--rows", "1"]) == 0
+    printed = capsys.readouterr().out
+    for text in ("64 x 32", "/ XLA bf16", "quantize: GB", "the speed of torch's dense bf16 linear", "not judged"):
+        assert text in printed
+    assert "/ torch bf16" not in printed
 
-    model, rows = tiny_llama
-    monkeypatch.setattr(demo, "fetch_demo_model", lambda say: model)
-    monkeypatch.setattr(demo, "write_demo_rows", lambda folder: (rows, rows))
-    assert bench.main(["demo", "--quick", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
+
+def test_datatypes_as_json_and_as_a_table(monkeypatch, tmp_path, capsys):
+    from qlora_jax.benchmarks import datatypes
+
+    losses = np.linspace(2.0, 3.0, 8)
+    types = (datatypes.BASELINE, datatypes.Datatype("nf4", double_quant=True))
+    lines = [datatypes._line(own, losses + rise, losses) for own, rise in zip(types, (0, 0.25), strict=True)]
+    study = {
+        "model": "tiny",
+        "text": {"windows": 8, "context": 64, "source": "docstrings"},
+        "results": [line | {"relative_squared_error": 0.01, "seconds": 1.0} for line in lines],
+    }
+
+    def run_study(types, *, windows, after_each):
+        assert (types, windows) == (datatypes.DATATYPES, 8)
+        after_each(study)
+
+    monkeypatch.setattr(datatypes, "run_study", run_study)
+    out = tmp_path / "datatypes.json"
+    assert bench.main(["datatypes", "--windows", "8", "--out", str(out)]) == 0
+    printed, report = capsys.readouterr().out, json.loads(out.read_text())
     check_description(report)
-    (run,) = report["results"]
-    assert run["name"] == "ffi"
-    assert run["steps"] == 3
-    assert run["ratio"] == 1
-    check_spread(run["seconds"])
-    assert "QLoRA, compiled kernels" in _shown(tables.demo_table(report["results"]))
+    assert report["results"] == study["results"]
+    for text in ("nf4+dq/64", "+0.2500", "15.64", "8 windows of 64 tokens"):
+        assert text in printed
 
 
 def test_mistakes_are_told_before_anything_is_timed(monkeypatch, tmp_path, capsys):
@@ -176,7 +193,7 @@ def test_mistakes_are_told_before_anything_is_timed(monkeypatch, tmp_path, capsy
         (["--out", str(tmp_path)], "is a folder"),
         (["--out", str(tmp_path / "file" / "x.json")], "is no folder"),
         (["--shapes", "4096*4096"], "'4096*4096' is no shape"),
-        (["--rows", "0"], "'0' is no number of rows"),
+        (["--rows", "0"], "'0' is no whole number"),
         (["--minutes", "-1"], "'-1' is no number of minutes"),
         (["--bitsandbytes", str(tmp_path / "none.so")], "none.so is no file"),
         (["--bitsandbytes", library], "CUDA"),

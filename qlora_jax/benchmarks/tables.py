@@ -69,7 +69,11 @@ def cpu_table(report: Mapping[str, Any]) -> Table:
     kernel = {None: "", "bitsandbytes": "; eval(): its own kernel", "kernels": "; eval(): the kernel of `kernels`"}
     table = _table(f"nf4_matmul on the CPU: ours / peer, below 1: ours is faster{kernel[report['eval_kernel']]}")
     ways = {"torch": "torch bf16", "bnb_train": "bnb train()", "bnb_eval": "bnb eval()", "dense": "XLA bf16"}
-    ways = {way: name for way, name in ways.items() if any(way in case["ratio"] for case in report["results"])}
+    ways = {
+        way: name
+        for way, name in ways.items()
+        if any(way in {**case["ratio"], **case["errors"]} for case in report["results"])
+    }
     for heading in ("op", "in x out", "rows", "ms", *(f"/ {name}" for name in ways.values()), "of float32"):
         table.add_column(heading, justify="right", no_wrap=True)
     for case in report["results"]:

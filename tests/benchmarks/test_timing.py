@@ -39,3 +39,18 @@ def test_ratios_are_of_the_same_turn():
     ratio = timing.ratios({"ours": [1.0, 4.0, 1.0], "peer": [2.0, 8.0, 4.0]}, "ours")
     assert ratio == {"peer": {"median": 0.5, "low": 0.375, "high": 0.5}}
     assert timing.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.5, "high": pytest.approx(2.5)}
+
+
+def test_a_program_elsewhere_takes_its_own_time_and_rests_before_it(monkeypatch):
+    slept, order = [], []
+    monkeypatch.setattr(timing.time, "sleep", slept.append)
+
+    class Elsewhere(Recorded):
+        def seconds(self, times):
+            self.run(times)
+            return 3.0 * times
+
+    seconds = timing.interleave({"a": Elsewhere("a", order, calls=2)}, repeats=2, min_seconds=6.0, rest=0.5)
+    assert seconds == {"a": [1.5, 1.5]}
+    assert slept == [0.5, 0.5]
+    assert len(order) == (1 + 1) + 2 * (1 + 2)  # one run before each measurement does not count
