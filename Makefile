@@ -2,13 +2,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# What our speed is compared with, in an environment of its own.
+PEERS ?= .venv-peers
 ARGS ?=
 SOURCES := pyproject.toml $(shell find qlora_jax xla_ffi configs -type f -not -name '*.so' -not -name '*.pyc')
 
 # -P keeps the clone's own qlora_jax/ folder from shadowing the installed package.
 RUN := $(BIN)/python -P -m
 
-.PHONY: help train test test-interop test-real lint bench clean
+.PHONY: help train test test-interop test-real lint bench bench-cpu bench-step bench-demo clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +20,7 @@ help:
 	@echo "make test-real     run the tests that need the real model"
 	@echo "make lint          ruff, mypy, import-linter"
 	@echo "make bench         time the kernels against XLA, as JSON"
+	@echo "make bench-cpu     the same beside bitsandbytes and torch, installed into $(PEERS); bench-step, bench-demo: whole steps"
 	@echo "make clean         remove the environment, builds and caches"
 
 $(BIN)/python:
@@ -58,6 +61,17 @@ lint: $(VENV)/extra-lint
 bench: $(VENV)/installed
 	$(RUN) qlora_jax.bench $(ARGS)
 
+# The interop extra and the transformers that the project itself takes, without the project.
+$(PEERS)/installed: pyproject.toml
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --upgrade pip
+	$(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["optional-dependencies"]["interop"], *(d for d in p["dependencies"] if d.startswith("transformers")), sep="\n")' > $(PEERS)/peers.txt
+	$(PEERS)/bin/python -m pip install --quiet --requirement $(PEERS)/peers.txt
+	@touch $@
+
+bench-cpu bench-step bench-demo: bench-%: $(VENV)/installed $(PEERS)/installed
+	$(RUN) qlora_jax.bench $* --peers $(PEERS)/bin/python $(ARGS)
+
 clean:
-	rm -rf $(VENV) .ci-* build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(PEERS) .ci-* build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

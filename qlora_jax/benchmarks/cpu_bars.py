@@ -25,7 +25,7 @@ def evaluate(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     amx = uses_amx(report)
     bitsandbytes = "the faster mode of bitsandbytes"
     if report["peers"] and report["eval_kernel"] is None:
-        bitsandbytes += ", which has no eval() kernel here"
+        bitsandbytes = "bitsandbytes (no eval() kernel here)"
     results = report["results"]
     lines = []
     for rows, (of_bitsandbytes, of_dense) in _PRODUCTS.items():
