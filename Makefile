@@ -62,10 +62,10 @@ bench: $(VENV)/installed
 	$(RUN) qlora_jax.bench $(ARGS)
 
 # The interop extra and the transformers that the project itself takes, without the project.
-$(PEERS)/installed: pyproject.toml
-	$(PYTHON) -m venv $(PEERS)
+$(PEERS)/installed: pyproject.toml $(BIN)/python
+	$(BIN)/python -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --upgrade pip
-	$(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["optional-dependencies"]["interop"], *(d for d in p["dependencies"] if d.startswith("transformers")), sep="\n")' > $(PEERS)/peers.txt
+	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["optional-dependencies"]["interop"], *(d for d in p["dependencies"] if d.startswith("transformers")), sep="\n")' > $(PEERS)/peers.txt
 	$(PEERS)/bin/python -m pip install --quiet --requirement $(PEERS)/peers.txt
 	@touch $@
 
