@@ -14,6 +14,7 @@ one JSON object:
                 flops_per_second, distance (from the dense result; cpu: of ours from bitsandbytes'), errors by way;
                 cpu, 128 rows and more: float32_flops_per_second (the quickest dense float32 product, by XLA or torch:
                 what stands for the peak of the cores' multiply-add units), of_float32 (our rate as a share of it)
+    other_load  of all cores' time, what other processes took (0 to 1; cpu: in each of the results)
     copy, dequantize    bytes moved in a second by a copy, and by dequantization of each shape
     quantize    cpu: seconds, ratio and bytes of bfloat16 a second on each core, for each shape
     eval_kernel cpu: what bitsandbytes' eval() mode ran on (see peer_linear.py)
@@ -90,11 +91,14 @@ def _pin(threads: int) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from qlora_jax.benchmarks.cpu_bars import evaluate_demo
     from qlora_jax.benchmarks.demo import time_demo
+    from qlora_jax.benchmarks.load import OtherLoad
     from qlora_jax.benchmarks.tables import bars_table, runs_table
 
     with _peers(options, peers="peer_peft.py") as peers:
         report = _head("demo", options, peers)
+        load = OtherLoad([peer.pid for peer in peers.values()])
         report["results"] = time_demo(quick=options.quick, peer=peers.get("peers"))
+        report["other_load"] = load.share()
         report["bars"] = evaluate_demo(report["results"])
     _write(options.out, report)
     tables = [runs_table("a step of the demo", report["results"])]

@@ -19,6 +19,7 @@ import numpy as np
 
 from qlora_jax.benchmarks import hardware
 from qlora_jax.benchmarks.kernels import check_kernels
+from qlora_jax.benchmarks.load import OtherLoad
 from qlora_jax.benchmarks.peers import Peer, PeerError
 from qlora_jax.benchmarks.programs import (
     OPS,
@@ -184,6 +185,7 @@ def _timed(
         sound = {name: program for name, program in sound.items() if name not in errors}
     else:
         distances = {}
+    load = OtherLoad([] if peer is None else [peer.pid])
     seconds = interleave(sound, repeats=settings.repeats, min_seconds=_MIN_SECONDS, rest=_REST)
     flops = hardware.product_flops(size.rows, *size.shape)
     spreads = {name: spread(own) for name, own in seconds.items() if name not in float32}
@@ -192,6 +194,7 @@ def _timed(
     report: dict[str, Any] = {
         "errors": errors,
         "distance": distances,
+        "other_load": load.share(),
         "seconds": spreads,
         "ratio": gains,
         "flops_per_second": {name: flops / own["median"] for name, own in spreads.items()},

@@ -76,6 +76,11 @@ class Peer:
             raise self._ended() from error
         return self._receive()
 
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._process.pid
+
     def close(self) -> None:
         """Ends the process, at once."""
         if self._errors.closed:

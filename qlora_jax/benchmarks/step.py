@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from qlora_jax.benchmarks.load import OtherLoad
 from qlora_jax.benchmarks.peers import Peer
 from qlora_jax.benchmarks.timing import Program, interleave, ratios, spread
 from qlora_jax.models.config import BLOCK_LINEARS, BLOCK_NORMS, LlamaConfig
@@ -81,9 +82,9 @@ def time_step(
       after_each: sees the report.
 
     Returns:
-      `shape`; `losses` of a first step and numbers of `trained` parameters, by side; `results`: for each side `name`,
-      `steps`, `seconds` of a step (median, low, high: quartiles), `ratio` (ours / this, from the same turns) and
-      `tokens_per_second`.
+      `shape`; `other_load` (see load.py); `losses` of a first step and numbers of `trained` parameters, by side;
+      `results`: for each side `name`, `steps`, `seconds` of a step (median, low, high: quartiles), `ratio` (ours /
+      this, from the same turns) and `tokens_per_second`.
 
     Raises:
       UserError: a peer's process ended.
@@ -101,10 +102,12 @@ def time_step(
         peer.call("load_batch", rows=[(row.tolist(), [True] * shape.seq) for row in ids])
         losses[name] = peer.call("step", name=name)
         programs[name] = _PeerStep(peer, name)
+    load = OtherLoad([peer.pid for peer in peers.values()])
     seconds = interleave(programs, repeats=repeats, min_seconds=0.0, rest=_REST)
     gains = {"ours": {"median": 1.0, "low": 1.0, "high": 1.0}} | ratios(seconds, "ours")
     report = {
         "shape": dataclasses.asdict(shape),
+        "other_load": load.share(),
         "losses": losses,
         "trained": trained,
         "results": [

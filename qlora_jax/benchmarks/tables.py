@@ -74,7 +74,15 @@ def cpu_table(report: Mapping[str, Any]) -> Table:
         for way, name in ways.items()
         if any(way in {**case["ratio"], **case["errors"]} for case in report["results"])
     }
-    for heading in ("op", "in x out", "rows", "ms", *(f"/ {name}" for name in ways.values()), "of float32"):
+    for heading in (
+        "op",
+        "in x out",
+        "rows",
+        "ms",
+        *(f"/ {name}" for name in ways.values()),
+        "of float32",
+        "other load",
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     for case in report["results"]:
         table.add_row(
@@ -87,6 +95,7 @@ def cpu_table(report: Mapping[str, Any]) -> Table:
                 for way in ways
             ),
             _show_ratio(case.get("of_float32"), quartiles=True),
+            "" if case["other_load"] is None else f"{case['other_load']:.0%}",
         )
     return table
 

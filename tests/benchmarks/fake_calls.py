@@ -15,7 +15,7 @@ weights, activations, batches = {}, {}, []
 
 
 def start(threads):
-    print("what a library prints is no answer")
+    print("what a library prints is no answer", flush=True)
     return {"python": "fake", "threads": str(threads)}
 
 
@@ -41,7 +41,7 @@ def seconds(name, times):
         os.write(3, b"not JSON\n")
     if FAULT == "fails":
         raise RuntimeError("no such product")
-    return 1e-3 * times
+    return 1e-3 * times * (2 if name.endswith("bnb_eval") else 1)
 
 
 def save_result(name, path):
