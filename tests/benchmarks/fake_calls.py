@@ -26,7 +26,7 @@ def load_weight(path, copies):
     codes = np.abs((blocks / scale)[:, :, None] - NF4).argmin(axis=2)
     weights.update(torch=dense, bnb_train=(NF4[codes] * scale).reshape(dense.shape))
     weights["bnb_eval"] = weights["bnb_train"] * (1.1 if FAULT == "wrong" else 1)
-    return {"eval_kernel": None if FAULT == "no kernel" else "bitsandbytes"}
+    return {"eval_kernel": "bitsandbytes"}
 
 
 def load_activations(x, dy, float32_rows):
