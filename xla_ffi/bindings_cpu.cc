@@ -4,6 +4,8 @@
 #include "capsule.h"
 #include "cpu/dispatch.h"
 #include "cpu/handlers.h"
+#include "cpu/quantize_bindings.h"
+#include "cpu/quantize_handler.h"
 #include "nf4.h"
 
 namespace py = pybind11;
@@ -15,6 +17,7 @@ py::dict Registrations() {
   py::dict targets;
   targets["qlora_jax_nf4_matmul"] = qlora_jax::Capsule(qlora_jax::Nf4Matmul);
   targets["qlora_jax_nf4_matmul_dx"] = qlora_jax::Capsule(qlora_jax::Nf4MatmulDx);
+  targets["qlora_jax_nf4_quantize"] = qlora_jax::Capsule(qlora_jax::Nf4Quantize);
   return targets;
 }
 
@@ -28,7 +31,8 @@ py::list Values(const Table& table) {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "NF4 matrix products on the CPU, as XLA FFI handlers.";
+  m.doc() = "NF4 matrix products and 4-bit quantization on the CPU, as XLA FFI handlers.";
+  qlora_jax::BindQuantize(m);
   m.def("registrations", &Registrations, "Target name -> capsule, for jax.ffi.register_ffi_target.");
   m.def(
       "instruction_set", [] { return qlora_jax::BestInstructionSet().name; },

@@ -1,12 +1,14 @@
-"""Blockwise quantization to 4 bits, in pure JAX, with bitsandbytes' bytes."""
+"""Blockwise quantization to 4 bits with bitsandbytes' bytes: by a compiled kernel on the CPU, else in pure JAX."""
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
+from qlora_jax.nf4.calls import quantize_kernel
 from qlora_jax.nf4.codebook import (
     BLOCK_SIZES,
     CODEBOOKS,
@@ -15,7 +17,9 @@ from qlora_jax.nf4.codebook import (
     Codebook,
     check_quant_type,
 )
+from qlora_jax.nf4.kernels import asked_kernels, cuda_kernels_loaded, kernel_report
 from qlora_jax.nf4.layout import check_layout, rows_to_fragments
+from qlora_jax.nf4.platforms import per_platform
 from qlora_jax.nf4.tensor import NF4Tensor, check_not_flat, leaf_shapes
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -35,12 +39,13 @@ def quantize(
     its largest magnitude (float32) and takes the nearest of 16 values (QLoRA, section 3). Double quantization then
     stores the block scales, less their mean, as 8-bit codes with one float32 scale per 256 (bitsandbytes'
     `compress_statistics`). A block of zeros gets the code of zero (NF4: 7), which is exactly zero whatever its
-    scale.
+    scale. On the CPU a compiled kernel does it (use_kernels("xla"): pure JAX, as on other platforms); the bits are the
+    same. There is no derivative in the kernel.
 
     Args:
       kernel: float32, bfloat16 or float16, `[in, out]`, or `[L, in, out]` for a stack of layers quantized one by one.
       quant_type: "nf4"; or "fp4" (bitsandbytes'), "int4" (symmetric), "e2m1" (OCP FP4), "e3m0" (powers of two), which
-        run in pure JAX alone.
+        are dequantized and multiplied in pure JAX alone.
       block_size: weights per scale: 32, 64, ... 4096.
       double_quant: whether to quantize the scales.
       layout: order of the packed bytes: "rows", which are bitsandbytes', or "fragments", which the CUDA kernels read
@@ -69,23 +74,49 @@ def quantize(
     return NF4Tensor(**leaves, shape=shape, quant_type=quant_type, block_size=block_size, dtype=dtype, layout=layout)
 
 
+def compiled_on_cpu() -> bool:
+    """Whether weights on the CPU are quantized by the compiled kernel: it is loaded, and nothing else was asked for."""
+    return kernel_report()["cpu"] == "loaded" and asked_kernels()[0] in ("auto", "ffi")
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _encode_layers(
     kernel: Array, quant_type: str, block_size: int, double_quant: bool, layout: str
 ) -> dict[str, Array]:
-    encode = functools.partial(
-        _encode, quant_type=quant_type, block_size=block_size, double_quant=double_quant, layout=layout
-    )
+    def in_layout(encode: _Encode) -> _Encode:
+        def one(kernel: Array) -> dict[str, Array]:
+            leaves = encode(kernel, quant_type, block_size, double_quant)
+            return leaves | {"packed": rows_to_fragments(leaves["packed"])} if layout == "fragments" else leaves
+
+        return one
+
+    def pure(kernel: Array) -> dict[str, Array]:
+        return _each_layer(in_layout(_encode), kernel)
+
+    def compiled(kernel: Array) -> dict[str, Array]:
+        if layout == "rows":
+            return quantize_kernel(kernel, quant_type, block_size, double_quant)
+        return _each_layer(in_layout(quantize_kernel), kernel)
+
+    kernel = jax.lax.stop_gradient(kernel)
+    on_cpu = compiled if compiled_on_cpu() else pure
+    if cuda_kernels_loaded():
+        return per_platform(kernel, cuda=pure, cpu=on_cpu, default=pure)
+    return on_cpu(kernel) if jax.default_backend() == "cpu" else pure(kernel)
+
+
+_Encode = Callable[..., dict[str, Array]]
+
+
+def _each_layer(encode: _Encode, kernel: Array) -> dict[str, Array]:
     return jax.lax.map(encode, kernel) if kernel.ndim == 3 else encode(kernel)
 
 
-def _encode(
-    kernel: Float[Array, "in out"], *, quant_type: str, block_size: int, double_quant: bool, layout: str
-) -> dict[str, Array]:
+def _encode(kernel: Float[Array, "in out"], quant_type: str, block_size: int, double_quant: bool) -> dict[str, Array]:
     elements = kernel.astype(jnp.float32).T.reshape(-1)
     n_blocks = math.ceil(elements.size / block_size)
     blocks = jnp.pad(elements, (0, n_blocks * block_size - elements.size)).reshape(n_blocks, block_size)
-    absmax = jnp.abs(blocks).max(axis=1)
+    absmax = _largest_magnitude(blocks)
     normalized = blocks * _reciprocal(absmax)[:, None]
     codes = _nearest(normalized, CODEBOOKS[quant_type]).reshape(-1)
     packed = (codes[0::2] << 4 | codes[1::2])[: math.ceil(elements.size / 2)]
@@ -94,10 +125,18 @@ def _encode(
         leaves |= _encode_scales(absmax)
     in_features, out_features = kernel.shape
     shapes = leaf_shapes((in_features, out_features), block_size, double_quant)
-    leaves = {name: leaf.reshape(shapes[name][0]) for name, leaf in leaves.items()}
-    if layout == "fragments":
-        leaves["packed"] = rows_to_fragments(leaves["packed"])
-    return leaves
+    return {name: leaf.reshape(shapes[name][0]) for name, leaf in leaves.items()}
+
+
+def _largest_magnitude(rows: Float[Array, "rows n"]) -> Float[Array, " rows"]:
+    """Largest magnitude of each row: NaN where there is one, 0 where all are subnormal.
+
+    Magnitudes are compared as integers, whose order is that of the values, NaN above all: what the maximum of floats
+    makes of NaN depends on how XLA's CPU compiler vectorises it.
+    """
+    bits = jax.lax.bitcast_convert_type(rows, jnp.int32) & jnp.int32(0x7FFFFFFF)
+    largest = bits.max(axis=1)
+    return jax.lax.bitcast_convert_type(jnp.where(largest < 0x00800000, 0, largest), jnp.float32)
 
 
 def _nearest(normalized: Float[Array, "*dims"], book: Codebook) -> UInt8[Array, "*dims"]:
@@ -112,7 +151,7 @@ def _encode_scales(absmax: Float[Array, " blocks"]) -> dict[str, Array]:
     offset = _mean(absmax)
     n_groups = math.ceil(absmax.size / SCALE_GROUP)
     centred = jnp.pad(absmax - offset, (0, n_groups * SCALE_GROUP - absmax.size)).reshape(n_groups, SCALE_GROUP)
-    scale = jnp.abs(centred).max(axis=1)
+    scale = _largest_magnitude(centred)
     normalized = (centred * _reciprocal(scale)[:, None]).reshape(-1)[: absmax.size]
     midpoints = jnp.asarray(DYNAMIC_MAP_MIDPOINTS)
     lower = jnp.searchsorted(midpoints, normalized, side="left")
@@ -128,10 +167,15 @@ def _reciprocal(scale: Array) -> Array:
 
 
 def _mean(values: Float[Array, " n"]) -> Float[Array, ""]:
-    """Mean by a tree of short sums: a running float32 sum over a million scales would lose the sixth digit."""
+    """Mean by adding halves, over and over: a running float32 sum over a million scales would lose the sixth digit.
+
+    The order of the sum is written out, where `sum` leaves it to the compiler: the compiled kernel has the same, so
+    that its bits are the same.
+    """
     sums = values
     while sums.size > 1:
-        width = min(sums.size, 64)
-        rows = math.ceil(sums.size / width)
-        sums = jnp.pad(sums, (0, rows * width - sums.size)).reshape(rows, width).sum(axis=1)
-    return sums.reshape(()) / values.size
+        half = math.ceil(sums.size / 2)
+        sums = sums[:half] + jnp.pad(sums[half:], (0, 2 * half - sums.size))
+    # Behind the barrier the divisor is no constant, which XLA would turn into a product with its reciprocal, and that,
+    # with the subtraction that follows, into one FMA.
+    return sums.reshape(()) / jax.lax.optimization_barrier(jnp.float32(values.size))

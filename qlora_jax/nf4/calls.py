@@ -4,6 +4,7 @@ Every call takes the whole stack of layers and says in `where` which layer, and 
 meant: nothing is sliced.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -11,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from qlora_jax.nf4.codebook import CODEBOOKS
 from qlora_jax.nf4.dispatch import contraction_splits
-from qlora_jax.nf4.kernels import DEQUANTIZE_TARGET, MATMUL_DX_TARGET, MATMUL_TARGET, ROUTE_CODES
+from qlora_jax.nf4.kernels import DEQUANTIZE_TARGET, MATMUL_DX_TARGET, MATMUL_TARGET, QUANTIZE_TARGET, ROUTE_CODES
 from qlora_jax.nf4.layout import LAYOUT_CODES
 from qlora_jax.nf4.platforms import vary_like
-from qlora_jax.nf4.tensor import NF4Tensor
+from qlora_jax.nf4.tensor import NF4Tensor, leaf_shapes
 
 # Value of the attribute `weight_dtype`.
 DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
@@ -54,6 +56,45 @@ def dequantize_rows(w: NF4Tensor, dtype: Any) -> Float[Array, "out in"]:
         DEQUANTIZE_TARGET, jax.ShapeDtypeStruct((out_features, in_features), dtype), vmap_method="sequential"
     )
     return vary_like(call(*operands, **_attributes(w), layout=np.int64(LAYOUT_CODES[w.layout])), operands)
+
+
+def quantize_kernel(
+    kernel: Float[Array, "*layers in out"], quant_type: str, block_size: int, double_quant: bool
+) -> dict[str, Array]:
+    """The leaves of an NF4Tensor in layout "rows" by one kernel, on the CPU, for `[in, out]` or `[L, in, out]`."""
+    *layers, in_features, out_features = kernel.shape
+    stack = kernel.reshape(-1, in_features, out_features)
+    # The kernel turns rows of whole blocks around as it reads them; where blocks straddle rows, XLA does.
+    input_major = in_features % block_size == 0
+    if not input_major:
+        stack = stack.swapaxes(1, 2)
+    shapes = leaf_shapes((in_features, out_features), block_size, double_quant)
+    results = {
+        name: jax.ShapeDtypeStruct((len(stack), math.prod(dims)), dtype) for name, (dims, dtype) in shapes.items()
+    }
+    if double_quant:
+        results["absmax_offset"] = jax.ShapeDtypeStruct((len(stack),), jnp.float32)
+    else:
+        results["absmax_scale"] = jax.ShapeDtypeStruct((len(stack), 0), jnp.float32)
+        results["absmax_offset"] = jax.ShapeDtypeStruct((0,), jnp.float32)
+    thresholds, codes = table(quant_type)
+    call = jax.ffi.ffi_call(QUANTIZE_TARGET, tuple(results.values()), vmap_method="sequential")
+    leaves = call(
+        stack,
+        block_size=np.int64(block_size),
+        input_major=np.int64(input_major),
+        thresholds=thresholds,
+        codes=codes,
+    )
+    named = dict(zip(results, leaves, strict=True))
+    return {name: vary_like(named[name].reshape(*layers, *dims), kernel) for name, (dims, _) in shapes.items()}
+
+
+def table(quant_type: str) -> tuple[np.ndarray, np.ndarray]:
+    """Thresholds and codes of a 4-bit type as the kernel takes them: 15 and 16, or 7 and 8 for sign and magnitude."""
+    book = CODEBOOKS[quant_type]
+    codes = np.arange(16, dtype=np.uint8) if book.by_magnitude is None else book.by_magnitude
+    return book.thresholds, codes
 
 
 def _operands(w: NF4Tensor) -> tuple[Array, ...]:

@@ -19,6 +19,8 @@ ENVIRONMENT_VARIABLE = "QLORA_JAX_KERNELS"
 # One target name for every platform: XLA picks the handler registered for the platform it compiles for.
 MATMUL_TARGET = "qlora_jax_nf4_matmul"
 MATMUL_DX_TARGET = "qlora_jax_nf4_matmul_dx"
+# On the CPU alone.
+QUANTIZE_TARGET = "qlora_jax_nf4_quantize"
 # On CUDA alone.
 DEQUANTIZE_TARGET = "qlora_jax_nf4_dequantize"
 

@@ -105,9 +105,8 @@ def test_repacking_a_stack_needs_little_more_than_the_two_stacks():
         assert compiled.memory_analysis().temp_size_in_bytes < 3 * width * width // 2
         w = w.to_layout(layout)
     made = jax.jit(lambda kernel: quantize(kernel, layout="fragments")).lower(dequantize(w)).compile()
-    rows = jax.jit(quantize).lower(dequantize(w)).compile()
-    temp = made.memory_analysis().temp_size_in_bytes - rows.memory_analysis().temp_size_in_bytes
-    assert temp < 3 * width * width // 2
+    dense_layer = 2 * width * width  # what is being quantized
+    assert made.memory_analysis().temp_size_in_bytes < dense_layer + 3 * width * width // 2
 
 
 @pytest.mark.parametrize("kernels", ["xla", "ffi"])
