@@ -282,7 +282,7 @@ def _machine(report: dict[str, Any]) -> str:
     """The title of a CPU's bars."""
     from qlora_jax.benchmarks.cpu_bars import uses_amx
 
-    amx = "with AMX" if uses_amx(report) else "without AMX, of which nothing is asked where AMX is meant"
+    amx = "with AMX" if uses_amx(report) else "without AMX"
     return f"what is asked of a CPU; this is: {report['cpu']}, {report['threads']} threads, {amx}"
 
 

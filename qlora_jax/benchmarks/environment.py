@@ -16,7 +16,7 @@ from qlora_jax.benchmarks.hardware import published
 from qlora_jax.nf4 import dispatch_report
 
 # What decides which kernels can run.
-_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vbmi", "avx512_bf16", "amx_tile", "amx_bf16")
+_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vbmi", "avx512_bf16", "amx_tile", "amx_bf16")
 
 
 def describe() -> dict[str, Any]:

@@ -81,7 +81,7 @@ def cpu_table(report: Mapping[str, Any]) -> Table:
         "ms",
         *(f"/ {name}" for name in ways.values()),
         "of float32",
-        "other load",
+        "others",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     for case in report["results"]:
@@ -172,4 +172,4 @@ def _measured(case: Mapping[str, Any]) -> tuple[str, str, str]:
 def _show_ratio(ratio: Mapping[str, float] | None, *, quartiles: bool) -> str:
     if ratio is None:
         return ""
-    return f"{ratio['median']:.2f}" + (f" ({ratio['low']:.2f} to {ratio['high']:.2f})" if quartiles else "")
+    return f"{ratio['median']:.2f}" + (f" ({ratio['low']:.2f}-{ratio['high']:.2f})" if quartiles else "")
