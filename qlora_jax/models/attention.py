@@ -6,6 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from qlora_jax.models.blockwise import blockwise_attention
+from qlora_jax.nf4.kernels import cuda_kernels_loaded
+
+# Up to this many tokens the library's attention is as fast on a CPU as one head at a time, and simpler to compile.
+SHORT = 128
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +64,18 @@ def attend(
     key: Float[Array, "batch keys kv_heads head_dim"],
     value: Float[Array, "batch keys kv_heads head_dim"],
     mask: Bool[Array, "batch seq keys"] | None,
+    *,
+    same_tokens: bool,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Scaled dot-product attention, grouped where there are fewer key/value heads; softmax in float32.
 
     Args:
-      mask: what each query may see; None: everything up to itself (queries and keys are the same tokens).
+      mask: what each query may see; None: everything up to itself.
+      same_tokens: whether queries and keys are the same tokens, so that nothing after a query is seen. Has to be
+        True where mask is None.
     """
+    if same_tokens and query.shape[1] > SHORT and not cuda_kernels_loaded() and jax.default_backend() == "cpu":
+        return blockwise_attention(query, key, value, mask)
     # A GPU would multiply float32 in TF32, with ten bits of mantissa.
     with jax.default_matmul_precision("float32" if query.dtype == jnp.float32 else None):
         if mask is None:

@@ -93,7 +93,7 @@ class Attention(nnx.Module):
         if past is not None and slot is not None:
             key = jax.lax.dynamic_update_slice_in_dim(past[0], key, slot, axis=1)
             value = jax.lax.dynamic_update_slice_in_dim(past[1], value, slot, axis=1)
-        y = attend(query, key, value, mask)
+        y = attend(query, key, value, mask, same_tokens=past is None)
         return self.o_proj(y.reshape(*x.shape[:2], -1), rngs=o_key), own
 
 
