@@ -41,7 +41,7 @@ def _mixed_product_fwd(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
 def _mixed_product_bwd(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, w = saved
     x_rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    return _dot(dy, w.astype(x.dtype), 1), _dot(x_rows.T, dy_rows, 0, w.dtype)
+    return _dot(dy, w.astype(x.dtype), 1), _outer_product(x_rows, dy_rows, w.dtype)
 
 
 _mixed_product.defvjp(_mixed_product_fwd, _mixed_product_bwd)
@@ -61,6 +61,22 @@ def _frozen_product_bwd(w: Array, dy: Array) -> tuple[Array, None]:
 
 
 _frozen_product.defvjp(_frozen_product_fwd, _frozen_product_bwd)
+
+
+def _outer_product(x: Array, dy: Array, dtype: jax.typing.DTypeLike) -> Array:
+    """`x.T @ dy` in `dtype`, summed in float32.
+
+    XLA's CPU backend is several times slower where the wider operand is the transposed one, as it is for A; it turns
+    `(dy.T @ x).T` back into `x.T @ dy`, unless a barrier lies between product and transposition.
+    """
+
+    def directly(x: Array, dy: Array) -> Array:
+        return _dot(x.T, dy, 0, dtype)
+
+    def narrow_first(x: Array, dy: Array) -> Array:
+        return jax.lax.optimization_barrier(_dot(dy.T, x, 0, dtype)).T
+
+    return per_platform(x, dy, cuda=directly, default=narrow_first if x.shape[1] > dy.shape[1] else directly)
 
 
 def _dot(x: Array, w: Array, w_axis: int, dtype: jax.typing.DTypeLike | None = None) -> Array:
