@@ -56,7 +56,7 @@ class HFCheckpoint:
         return self._tensor(name).dtype
 
     def read(self, name: str) -> np.ndarray:
-        return read_tensor(self._tensor(name).file, name)
+        return read_tensor(self._tensor(name))
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         if not any((self.path / name).is_file() for name in _TOKENIZER_FILES):

@@ -338,7 +338,7 @@ def _read_factors(file: Path, targeted: list[_Layer], rank: int) -> dict[str, Fl
         raise UserError(
             f"{file} does not fit the model: {_listed(wrong)}", why="A is [r, in] and B is [out, r] in PEFT"
         )
-    factors = {key: read_tensor(file, key).astype(np.float32) for key in expected}
+    factors = {key: read_tensor(held[key]).astype(np.float32) for key in expected}
     if broken := [key for key, factor in factors.items() if not np.isfinite(factor).all()]:
         raise UserError(
             f"{file} has NaN or infinity in {_listed(broken)}", why="the training run that wrote it diverged"

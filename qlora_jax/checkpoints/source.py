@@ -40,7 +40,9 @@ class Checkpoint(Protocol):
         ...
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, `[out, in]` for the weight of a linear layer. Nothing of it is kept after the call."""
+        """One tensor, `[out, in]` for the weight of a linear layer, perhaps read-only and mapped from its file. Nothing
+        else of it is kept.
+        """
         ...
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":

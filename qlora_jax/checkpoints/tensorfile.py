@@ -1,6 +1,9 @@
 """Files inside checkpoint folders: safetensors and JSON, with errors that name the file and the tensor."""
 
+import contextlib
 import json
+import math
+import mmap
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +19,12 @@ _OTHER_DTYPES = {"U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "F64": np.dt
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor lies, and what it is."""
+    """Where a tensor lies, from byte `start` of the file on, and what it is."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: np.dtype
+    start: int
 
 
 def read_header(file: Path, also: Collection[str] = ()) -> dict[str, StoredTensor]:
@@ -39,6 +43,7 @@ def read_header(file: Path, also: Collection[str] = ()) -> dict[str, StoredTenso
             for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
                 view = opened.get_slice(name)
                 tensors[name] = (tuple(view.get_shape()), str(view.get_dtype()))
+        starts = _starts(file)
     except (SafetensorError, OSError) as error:
         raise unreadable(file, error) from error
     dtypes = _DTYPES | {name: _OTHER_DTYPES[name] for name in also}
@@ -49,15 +54,36 @@ def read_header(file: Path, also: Collection[str] = ()) -> dict[str, StoredTenso
                 why="weights are read as F32, F16 or BF16, or, where config.json says load_in_4bit, in bitsandbytes' 4",
                 fix="model.path=FOLDER of the 16-bit model",
             )
-    return {name: StoredTensor(file, shape, dtypes[dtype]) for name, (shape, dtype) in tensors.items()}
+    return {name: StoredTensor(file, shape, dtypes[dtype], starts[name]) for name, (shape, dtype) in tensors.items()}
 
 
-def read_tensor(file: Path, name: str) -> np.ndarray:
-    """One tensor of a safetensors file, in its own dtype. UserError: the file cannot be read any more.
+def _starts(file: Path) -> dict[str, int]:
+    """The byte at which each tensor begins, of a file that safetensors has opened without complaint."""
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
 
-    The file is opened for each tensor: closing drops the mapping, so that pages read once do not pile up.
+
+def read_tensor(tensor: StoredTensor) -> np.ndarray:
+    """One tensor, in its own dtype, read-only and where it lies: its part of the file is mapped, and read when it is
+    looked at. The mapping ends with the array, so that pages read once do not pile up.
+
+    Raises:
+      UserError: the file cannot be read any more.
     """
-    return read_tensors(file, [name])[name]
+    size = math.prod(tensor.shape) * tensor.dtype.itemsize
+    skipped = tensor.start % mmap.ALLOCATIONGRANULARITY
+    try:
+        with open(tensor.file, "rb") as stream:
+            mapped = mmap.mmap(stream.fileno(), skipped + size, access=mmap.ACCESS_READ, offset=tensor.start - skipped)
+    except (OSError, ValueError) as error:
+        raise unreadable(tensor.file, error) from error
+    if hasattr(mapped, "madvise"):
+        with contextlib.suppress(OSError):  # advice alone: not every file system takes it
+            mapped.madvise(mmap.MADV_WILLNEED)
+    return np.frombuffer(mapped, np.uint8, size, skipped).view(tensor.dtype).reshape(tensor.shape)
 
 
 def read_tensors(file: Path, names: list[str]) -> dict[str, np.ndarray]:

@@ -18,7 +18,9 @@ from qlora_jax.errors import UserError, UserErrors
 from qlora_jax.models.config import BLOCK_LINEARS, BLOCK_NORMS, LlamaConfig
 from qlora_jax.models.llama import Llama
 from qlora_jax.nf4 import NF4Tensor, device_layout, quantize
+from qlora_jax.nf4.blockwise import compiled_on_cpu
 from qlora_jax.nf4.placement import platform_of
+from qlora_jax.nf4.streaming import QuantizedStack, aligned_empty, on_device
 from qlora_jax.nn import add_lora
 from qlora_jax.nn.traversal import matching
 
@@ -41,11 +43,11 @@ def load_model(
 ) -> Llama:
     """Loads a pretrained LLaMA for finetuning: the linears of its blocks in 4 bits, all frozen but the adapters.
 
-    Tensors are read one after the other and quantized as they arrive: host memory holds one of them and one stack of
-    quantized layers, never the model in 16 bits. Linears keep the checkpoint's dtype (`kernel.dtype`) where that is
-    bfloat16 or float16; a float32 checkpoint's linears are rounded to bfloat16 first. Embeddings, norms, biases and the
-    head stay dense, with the checkpoint's values and dtype. On a GPU with CUDA kernels 4-bit weights have their layout
-    ("fragments"), each tensor repacked before the next one is read.
+    Tensors are read one after the other and quantized as they arrive, by the CPU's kernels straight from the file where
+    they are loaded: host memory holds one tensor and what the model keeps, never the model in 16 bits. Linears keep the
+    checkpoint's dtype (`kernel.dtype`) where that is bfloat16 or float16; a float32 checkpoint's linears are rounded to
+    bfloat16 first. Embeddings, norms, biases and the head stay dense, with the checkpoint's values and dtype. On a GPU
+    with CUDA kernels 4-bit weights have their layout ("fragments"), each tensor repacked before the next one is read.
 
     Of a folder that bitsandbytes has quantized (`*-bnb-4bit`) the stored bytes are taken, with their own type, block
     size and kind of scales; other values of `quant_type`, `block_size` and `double_quant` than the defaults must agree.
@@ -75,16 +77,16 @@ def load_model(
     _check_targets(targets or ())
     _check_tensors(checkpoint, config)
     _check_stored(checkpoint, quant_type, block_size, double_quant)
-    encode: _Encode = _to_kernel
-    if quant_type is not None and not isinstance(checkpoint, BitsandbytesCheckpoint):
-        encode = functools.partial(
-            _to_nf4, quant_type=quant_type, block_size=block_size, double_quant=double_quant, platform=platform_of()
-        )
+    stored = isinstance(checkpoint, BitsandbytesCheckpoint)
     reader = _Reader(checkpoint, config.num_hidden_layers, progress)
     layers: dict[str, Any] = {norm: {"weight": reader.stack(f"{norm}.weight", _as_is)} for norm in BLOCK_NORMS}
     for linear in BLOCK_LINEARS:
         group, name = linear.split(".")
-        parts = {"kernel": reader.stack(f"{linear}.weight", encode, packed=_is_packed(checkpoint, linear, config))}
+        weight = f"{linear}.weight"
+        if quant_type is not None and not stored:
+            parts = {"kernel": reader.quantized_stack(weight, quant_type, block_size, double_quant)}
+        else:
+            parts = {"kernel": reader.stack(weight, _to_kernel, packed=_is_packed(checkpoint, linear, config))}
         if config.has_bias(linear):
             parts["bias"] = reader.stack(f"{linear}.bias", _as_is)
         layers.setdefault(group, {})[name] = parts
@@ -137,7 +139,51 @@ class _Reader:
             stored = jax.tree.map(jnp.asarray, self.checkpoint.read_packed(name))
             value, finite = _as_stored(stored, platform=platform_of())
         else:
-            value, finite = encode(jnp.asarray(self.checkpoint.read(name)))
+            value, finite = encode(self._read(name))
+        self._check(name, bool(finite))
+        return value
+
+    def stack(self, name: str, encode: _Encode, *, packed: bool = False) -> Any:
+        """The tensors of that name in every layer, with `[L]` in front; `packed`: with the bytes that are stored."""
+        stacks: Any = None
+        for layer, tensor in enumerate(self._layers(name)):
+            value = self.one(tensor, encode, packed=packed)
+            if stacks is None:
+                stacks = jax.tree.map(lambda leaf: aligned_empty((self.num_layers, *leaf.shape), leaf.dtype), value)
+            for stack, leaf in zip(jax.tree.leaves(stacks), jax.tree.leaves(value), strict=True):
+                stack[layer] = leaf
+        return jax.tree.map(on_device, stacks)
+
+    def quantized_stack(self, name: str, quant_type: str, block_size: int, double_quant: bool) -> NF4Tensor:
+        """The tensors of that name in every layer, quantized."""
+        settings: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
+        if not compiled_on_cpu():
+            return self.stack(name, functools.partial(_to_nf4, **settings, platform=platform_of()))
+        first = self._layers(name)[0]
+        out_features, in_features = self.checkpoint.shape(first)
+        shape = (in_features, out_features)
+        layout = device_layout(shape, block_size, platform_of(), quant_type)
+        stack = QuantizedStack(self.num_layers, shape, str(self.checkpoint.dtype(first)), **settings, layout=layout)
+        for layer, tensor in enumerate(self._layers(name)):
+            self._check(tensor, stack.fill(layer, self.checkpoint.read(tensor)))
+        return stack.tensor()
+
+    def _layers(self, name: str) -> list[str]:
+        return [f"model.layers.{layer}.{name}" for layer in range(self.num_layers)]
+
+    def _read(self, name: str) -> Array:
+        """A copy of what lies in the file."""
+        stored = self.checkpoint.read(name)
+        copy = aligned_empty(stored.shape, stored.dtype)
+        np.copyto(copy, stored)
+        return on_device(copy)
+
+    def _check(self, name: str, finite: bool) -> None:
+        """Counts a tensor as read.
+
+        Raises:
+          UserError: it has values that are not finite.
+        """
         if not finite:
             raise UserError(
                 f"tensor {name!r} of {self.checkpoint.path} has values that are NaN or infinite",
@@ -147,18 +193,6 @@ class _Reader:
         self.done += 1
         if self.progress is not None:
             self.progress(self.done, self.total)
-        return value
-
-    def stack(self, name: str, encode: _Encode, *, packed: bool = False) -> Any:
-        """The tensors of that name in every layer, with `[L]` in front; `packed`: with the bytes that are stored."""
-        stacks: Any = None
-        for layer in range(self.num_layers):
-            value = self.one(f"model.layers.{layer}.{name}", encode, packed=packed)
-            if stacks is None:
-                stacks = jax.tree.map(lambda leaf: np.empty((self.num_layers, *leaf.shape), leaf.dtype), value)
-            for stack, leaf in zip(jax.tree.leaves(stacks), jax.tree.leaves(value), strict=True):
-                stack[layer] = leaf
-        return jax.device_put(stacks)
 
 
 def _as_is(tensor: Array) -> tuple[Array, Array]:

@@ -251,6 +251,17 @@ def test_truncated_data_names_the_first_tensor_cut_off(tiny_folder):
     assert "'model.layers.1.mlp.up_proj.weight'" in text
 
 
+def test_a_file_that_shrinks_after_it_was_opened(tiny_folder):
+    checkpoint, file = open_checkpoint(tiny_folder), tiny_folder / "model.safetensors"
+    name = list(raw_tensors(file))[-1]
+    read = checkpoint.read(name)
+    assert not read.flags.writeable
+    del read
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=rf"truncated: tensor '{name}' should end at byte"):
+        checkpoint.read(name)
+
+
 def test_header_that_is_not_json(tiny_folder):
     file = tiny_folder / "model.safetensors"
     file.write_bytes((4).to_bytes(8, "little") + b"oops" + bytes(100))

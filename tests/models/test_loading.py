@@ -1,5 +1,8 @@
 """load_model: bytes, memory, and what it says about checkpoints that do not fit."""
 
+import json
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from flax import nnx
 from qlora_jax.errors import UserError
 from qlora_jax.models.config import BLOCK_LINEARS
 from qlora_jax.models.loading import load_model
-from qlora_jax.nf4 import quantize, use_layout
+from qlora_jax.nf4 import quantize, use_kernels, use_layout
 from qlora_jax.nn import FrozenParam, NF4Param
 
 
@@ -114,6 +117,57 @@ def test_one_tensor_at_a_time(memory_checkpoint) -> None:
     # 4.13 bits a weight, and 8 bytes for each of the one tensor that is made (from float32 random numbers) and read.
     bound = 4.13 / 8 * sum(sizes) + 8 * max(sizes)
     assert peak < bound < 0.4 * 2 * sum(sizes)
+
+
+def test_pure_jax_loads_the_same_bytes(memory_checkpoint) -> None:
+    checkpoint = memory_checkpoint(dtype=np.float32)
+    compiled = load_model(checkpoint, quant_type="fp4")
+    with use_kernels("xla"):
+        pure = load_model(checkpoint, quant_type="fp4")
+    for name in BLOCK_LINEARS:
+        left, right = (linear(model, name).kernel.get_value() for model in (compiled, pure))
+        assert jax.tree.structure(left) == jax.tree.structure(right)
+        jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+_LOAD = """
+import sys
+from pathlib import Path
+import numpy as np
+from qlora_jax.models.loading import load_model
+
+def peak(path):
+    Path("/proc/self/clear_refs").write_text("5")  # from here on
+    model = load_model(path)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(status["VmHWM"].split()[0]), 1024 * int(status["VmRSS"].split()[0])
+
+peak(sys.argv[1])  # compiles
+before = peak(sys.argv[1])[1]
+print(peak(sys.argv[2])[0] - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures a process as Linux does")
+def test_resident_memory_is_the_quantized_model_and_one_tensor(memory_checkpoint, tmp_path: Path) -> None:
+    """From a folder, whose tensors are mapped: what has been read of the file counts, too."""
+    from safetensors.numpy import save_file
+
+    widths = {"hidden_size": 1024, "intermediate_size": 3072, "head_dim": 256}
+    small, large = memory_checkpoint(), memory_checkpoint(**widths, num_hidden_layers=6)
+    for folder, checkpoint in ((tmp_path / "small", small), (tmp_path / "large", large)):
+        folder.mkdir()
+        config = checkpoint.config | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+        (folder / "config.json").write_text(json.dumps(config))
+        zeros = {name: np.zeros(checkpoint.shape(name), checkpoint.dtype(name)) for name in checkpoint.names()}
+        save_file(zeros, folder / "model.safetensors")
+    sizes = [int(np.prod(shape)) for shape in large.shapes.values()]
+    code = [sys.executable, "-c", _LOAD, str(tmp_path / "small"), str(tmp_path / "large")]
+    ran = subprocess.run(code, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    # 4.13 bits a weight and two tensors of 2 bytes a weight; and 12 MB for programs and what the allocator keeps.
+    bound = 4.13 / 8 * sum(sizes) + 2 * 2 * max(sizes) + 12e6
+    assert int(ran.stdout) < bound < 0.45 * 2 * sum(sizes)
 
 
 def test_every_tensor_is_read_once_and_progress_is_told(memory_checkpoint) -> None:
