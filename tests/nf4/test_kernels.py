@@ -290,7 +290,7 @@ def start_child(threads: int, isa: str | None = None) -> subprocess.Popen:
 
 
 def test_every_instruction_set_and_every_number_of_threads():
-    caps = ("portable", "avx2", "avx512", "avx512_bf16")
+    caps = ("portable", "avx2", "avx512", "avx512_bf16", "amx_model", "amx")
     children = {isa: start_child(2, isa) for isa in caps} | {threads: start_child(threads) for threads in (1, 8)}
     results = {}
     for key, child in children.items():
@@ -303,6 +303,8 @@ def test_every_instruction_set_and_every_number_of_threads():
     # A cap never raises the choice: what runs under it is the best of the sets up to it.
     for isa in caps:
         assert caps.index(results[isa]["isa"]) <= caps.index(isa)
+    if results["amx"]["isa"] == "amx":  # the processor does what the model of its tiles says, to the bit
+        assert results["amx"]["digest"] == results["amx_model"]["digest"]
     best = results[8]
     assert results[1]["digest"] == best["digest"] == results[best["isa"]]["digest"]
 

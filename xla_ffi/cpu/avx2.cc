@@ -107,12 +107,14 @@ static inline void ColumnCodes(const uint8_t* const rows[kLanes], Indices column
 
 }  // namespace qlora_jax::avx2
 
-#include "kernels.h"
+#include "panels.h"
 
 namespace qlora_jax {
 
 const InstructionSet& Avx2() {
-  static constexpr InstructionSet set = avx2::Kernels<avx2::Float32Steps>::Named("avx2");
+  static constexpr InstructionSet set = {"avx2", [](const Problem&) -> const Method& {
+    return avx2::Panels<avx2::Float32Steps>::kMethod;
+  }};
   return set;
 }
 

@@ -5,12 +5,14 @@
 
 #include "avx512_vectors.h"
 
-#include "kernels.h"
+#include "panels.h"
 
 namespace qlora_jax {
 
 const InstructionSet& Avx512() {
-  static constexpr InstructionSet set = avx512::Kernels<avx512::Float32Steps>::Named("avx512");
+  static constexpr InstructionSet set = {"avx512", [](const Problem&) -> const Method& {
+    return avx512::Panels<avx512::Float32Steps>::kMethod;
+  }};
   return set;
 }
 

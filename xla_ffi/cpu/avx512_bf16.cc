@@ -5,7 +5,7 @@
 
 #include "avx512_vectors.h"
 
-#include "kernels.h"
+#include "panels.h"
 
 namespace qlora_jax {
 namespace avx512_bf16 {
@@ -40,7 +40,9 @@ struct Bfloat16Pairs {
 }  // namespace avx512_bf16
 
 const InstructionSet& Avx512Bf16() {
-  static constexpr InstructionSet set = avx512_bf16::Kernels<avx512_bf16::Bfloat16Pairs>::Named("avx512_bf16");
+  static constexpr InstructionSet set = {"avx512_bf16", [](const Problem&) -> const Method& {
+    return avx512_bf16::Panels<avx512_bf16::Bfloat16Pairs>::kMethod;
+  }};
   return set;
 }
 

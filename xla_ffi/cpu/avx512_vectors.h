@@ -1,5 +1,5 @@
-// Vector operations of AVX-512 (F, BW, DQ, VL), for the two instruction sets built on it.
-// The includer has defined QLORA_JAX_ISA and included problem.h; kernels.h says what is defined here.
+// Vector operations of AVX-512 (F, BW, DQ, VL), for the instruction sets built on it.
+// The includer has defined QLORA_JAX_ISA and included problem.h; weights.h says what is defined here.
 
 #include <immintrin.h>
 
@@ -33,6 +33,14 @@ static inline __m512i Bfloat16InUpperHalves(Vector value) {
   return _mm512_and_si512(result, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
 }
 
+static inline __m256i Bfloat16Halves(Vector value) {
+#ifdef __AVX512BF16__
+  return (__m256i)_mm512_cvtneps_pbh(value);
+#else
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(Bfloat16InUpperHalves(value), 16));
+#endif
+}
+
 static inline __m256i Float16Halves(Vector value) {
   return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -55,9 +63,7 @@ static inline Vector LoadAs(const void* source) {
 template <Dtype kDtype>
 static inline void StoreAs(void* target, Vector value) {
   if constexpr (kDtype == Dtype::kFloat32) return Store(static_cast<float*>(target), value);
-  const __m256i halves = kDtype == Dtype::kFloat16
-                             ? Float16Halves(value)
-                             : _mm512_cvtepi32_epi16(_mm512_srli_epi32(Bfloat16InUpperHalves(value), 16));
+  const __m256i halves = kDtype == Dtype::kFloat16 ? Float16Halves(value) : Bfloat16Halves(value);
   _mm256_storeu_si256(static_cast<__m256i*>(target), halves);
 }
 

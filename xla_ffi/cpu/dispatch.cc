@@ -5,8 +5,27 @@
 #include <string>
 #include <vector>
 
+#ifdef QLORA_JAX_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace qlora_jax {
 namespace {
+
+#ifdef QLORA_JAX_AMX
+// Whether processor and kernel have AMX with BF16, and the kernel lets this process use it: tile registers enlarge what
+// a signal saves, so Linux wants to be asked once a process (Documentation/arch/x86/xstate.rst).
+bool MayUseTiles() {
+  unsigned eax, ebx, ecx, edx;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  constexpr unsigned kTileBits = 1u << 24 | 1u << 22;  // AMX-TILE and AMX-BF16
+  if ((edx & kTileBits) != kTileBits) return false;
+  constexpr unsigned kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 struct Candidate {
   std::string name;  // the value of QLORA_JAX_ISA
@@ -27,6 +46,12 @@ std::vector<Candidate> Candidates() {
   // and halves them on Intel (Sapphire Rapids: 0.10 against 0.21).
   const bool fast_pairs = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
   candidates.push_back({"avx512_bf16", avx512 && fast_pairs, Avx512Bf16});
+  // For tests: it is slow, so only who asks for it gets it.
+  const char* cap = std::getenv("QLORA_JAX_ISA");
+  candidates.push_back({"amx_model", avx512 && cap != nullptr && cap == std::string("amx_model"), AmxModel});
+#ifdef QLORA_JAX_AMX
+  candidates.push_back({"amx", avx512 && __builtin_cpu_supports("avx512bf16") && MayUseTiles(), Amx});
+#endif
 #endif
   return candidates;
 }

@@ -16,8 +16,6 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Checks every operand and reads `where`, which on a CPU is within reach.
 ffi::ErrorOr<Problem> Decode(const ProductOperands& o) {
   const auto refuse = [](const std::string& message) {
@@ -65,55 +63,35 @@ ffi::ErrorOr<Problem> Decode(const ProductOperands& o) {
   return problem;
 }
 
-template <typename T>
-class AlignedArray {
+class AlignedBytes {
  public:
-  explicit AlignedArray(int64_t size)
-      : data_(static_cast<T*>(::operator new[](sizeof(T) * size, std::align_val_t{64}))) {}
-  ~AlignedArray() { ::operator delete[](data_, std::align_val_t{64}); }
-  AlignedArray(const AlignedArray&) = delete;
-  AlignedArray& operator=(const AlignedArray&) = delete;
-  T* get() const { return data_; }
+  explicit AlignedBytes(int64_t size) : data_(static_cast<uint8_t*>(::operator new[](size, std::align_val_t{64}))) {}
+  ~AlignedBytes() { ::operator delete[](data_, std::align_val_t{64}); }
+  AlignedBytes(const AlignedBytes&) = delete;
+  AlignedBytes& operator=(const AlignedBytes&) = delete;
+  uint8_t* get() const { return data_; }
 
  private:
-  T* data_;
+  uint8_t* data_;
 };
 
 // Below this number of multiply-adds a call costs less than waking other threads.
 constexpr int64_t kSerialWork = int64_t{1} << 18;
-// Rows of a tile: dequantizing a panel costs as much as multiplying it by about 8 rows.
-constexpr int64_t kMinTileRows = 96;
-constexpr int64_t kMaxTileRows = 768;
-constexpr int64_t kPackRows = 16;
 
 void Multiply(ffi::ThreadPool& pool, const Problem& problem) {
-  const InstructionSet& set = BestInstructionSet();
+  const Method& method = BestInstructionSet().choose(problem);
   const bool serial = problem.rows * problem.reduction * problem.outputs < kSerialWork;
   const int64_t threads = serial ? 1 : std::max<int64_t>(1, pool.num_threads());
+  const Plan plan = method.plan(problem, threads);
 
-  const int64_t chunk_elements = int64_t{kChunkSteps} * set.elements_per_step(problem.dtype);
-  const int64_t chunks = CeilDivide(problem.reduction, chunk_elements);
-  const AlignedArray<uint32_t> packed(chunks * problem.rows * kChunkSteps);
-  const int64_t pack_tasks = CeilDivide(problem.rows, kPackRows);
-  ForEach(pool, pack_tasks, threads, [&](int64_t task, int64_t) {
-    const int64_t row = task * kPackRows;
-    set.pack_rows(problem, row, std::min(row + kPackRows, problem.rows), packed.get());
-  });
+  const AlignedBytes packed(plan.packed_bytes);
+  ForEach(pool, plan.pack_tasks, threads, [&](int64_t task, int64_t) { method.pack(problem, task, packed.get()); });
 
-  // Four tiles a thread balance the load; the shape of the tiles leaves no trace in the result.
-  const int64_t panels = CeilDivide(problem.outputs, kPanelWidth);
-  const int64_t row_parts = CeilDivide(4 * threads, panels);
-  const int64_t tile_rows = std::clamp(CeilDivide(problem.rows, row_parts), kMinTileRows, kMaxTileRows);
-  const int64_t row_tiles = CeilDivide(problem.rows, tile_rows);
-  const int64_t workers = std::min(threads, panels * row_tiles);
-  const int64_t panel_floats = int64_t{kChunkSteps} * kPanelWidth;
-  const int64_t sum_floats = std::min(tile_rows, problem.rows) * kPanelWidth;
-  const AlignedArray<float> workspace(workers * (panel_floats + sum_floats));
-  ForEach(pool, panels * row_tiles, workers, [&](int64_t task, int64_t worker) {
-    const int64_t row = task % row_tiles * tile_rows;
-    const Tile tile{task / row_tiles, row, std::min(row + tile_rows, problem.rows)};
-    float* panel = workspace.get() + worker * (panel_floats + sum_floats);
-    set.multiply(problem, packed.get(), tile, panel, panel + panel_floats);
+  const int64_t workers = std::min(threads, plan.tasks);
+  const int64_t stride = (plan.workspace_bytes + 63) / 64 * 64;
+  const AlignedBytes workspace(workers * stride);
+  ForEach(pool, plan.tasks, workers, [&](int64_t task, int64_t worker) {
+    method.multiply(problem, plan, task, packed.get(), workspace.get() + worker * stride);
   });
 }
 

@@ -88,12 +88,14 @@ static inline void ColumnCodes(const uint8_t* const rows[kLanes], Indices column
 
 }  // namespace qlora_jax::portable
 
-#include "kernels.h"
+#include "panels.h"
 
 namespace qlora_jax {
 
 const InstructionSet& Portable() {
-  static constexpr InstructionSet set = portable::Kernels<portable::Float32Steps>::Named("portable");
+  static constexpr InstructionSet set = {"portable", [](const Problem&) -> const Method& {
+    return portable::Panels<portable::Float32Steps>::kMethod;
+  }};
   return set;
 }
 

@@ -11,11 +11,6 @@
 
 namespace qlora_jax {
 
-// Output features of one panel of dequantized weights, and reduction steps of one chunk: 32 KiB of float32, which
-// stays in the first-level cache beside the activations of one register tile.
-constexpr int kPanelWidth = 64;
-constexpr int kChunkSteps = 128;
-
 // y = x @ w (forward) or y = x @ w^T (the gradient of the input); y is [rows, outputs], x is [rows, reduction].
 struct Problem {
   bool input_gradient;
@@ -29,25 +24,28 @@ struct Problem {
   Dtype weight_dtype;  // weights are rounded to it, then to `dtype`
 };
 
-// Rows [row_begin, row_end) of one panel of outputs.
-struct Tile {
-  int64_t panel;
-  int64_t row_begin;
-  int64_t row_end;
+// How a problem is cut into tasks that threads share. The cut leaves no trace in the result.
+struct Plan {
+  int64_t packed_bytes;     // activations in the order in which the kernel takes them
+  int64_t pack_tasks;       // that put them there
+  int64_t tile_rows;        // rows of x and outputs of one task
+  int64_t tile_outputs;
+  int64_t tasks;
+  int64_t workspace_bytes;  // of one worker
+};
+
+// One way to multiply: activations are packed once per call, then tiles of the result are computed. `packed` and
+// `workspace` are aligned to 64 bytes.
+struct Method {
+  Plan (*plan)(const Problem& problem, int64_t threads);
+  void (*pack)(const Problem& problem, int64_t task, void* packed);
+  void (*multiply)(const Problem& problem, const Plan& plan, int64_t task, const void* packed, void* workspace);
 };
 
 // The kernels of one instruction set.
-//
-// Activations are packed once per call, as 32-bit words [chunk][row][kChunkSteps]: a word is what one multiply-add
-// step takes, one float32 or a pair of bfloat16. Chunks depend on the reduction alone, so a result's bits depend
-// neither on the tiles nor on the threads.
 struct InstructionSet {
   const char* name;
-  // Reduction elements of one step: 1, or 2 where pairs are multiplied.
-  int (*elements_per_step)(Dtype dtype);
-  void (*pack_rows)(const Problem& problem, int64_t row_begin, int64_t row_end, uint32_t* packed);
-  // `panel` holds kChunkSteps * kPanelWidth floats, `sums` (row_end - row_begin) * kPanelWidth, both 64-byte aligned.
-  void (*multiply)(const Problem& problem, const uint32_t* packed, const Tile& tile, float* panel, float* sums);
+  const Method& (*choose)(const Problem& problem);
 };
 
 const InstructionSet& Portable();
@@ -55,6 +53,10 @@ const InstructionSet& Portable();
 const InstructionSet& Avx2();
 const InstructionSet& Avx512();
 const InstructionSet& Avx512Bf16();
+const InstructionSet& AmxModel();
+#ifdef QLORA_JAX_AMX
+const InstructionSet& Amx();
+#endif
 #endif
 
 }  // namespace qlora_jax

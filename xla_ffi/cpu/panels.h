@@ -1,44 +1,32 @@
-// The kernels, written once over the vector operations of an instruction set.
-//
-// A file that includes this header has defined QLORA_JAX_ISA, the namespace of its instruction set, included problem.h,
-// and defined in that namespace:
-//   Vector, Indices            kLanes float32 values; kLanes 32-bit integers with a 4-bit code in their low bits
-//   Table                      16 float32 values that codes look up
-//   kTileRows, kTileVectors    register tile: rows of x, vectors of outputs
-//   Zero, Load, Store, Broadcast, Add, Multiply, MultiplyAdd(a, b, c) = a * b + c
-//   Round<Dtype>               float32 values rounded to a dtype
-//   LoadAs<Dtype>, StoreAs<Dtype>      kLanes activations, from and to float32 values
-//   LoadTable(values), Scale(table, factor), Lookup(table, indices), ShiftRight(indices, bits)
-//   RowCodes(bytes)            codes of kLanes consecutive weights
-//   ColumnCodes(rows, out)     32 consecutive weights from each of kLanes rows: out[j] >> kCodeShift[i] holds weight
-//                              8 * j + i of every row
-// Everything here lies in that namespace, so that no two instruction sets share a function.
+// Panels: the method for any number of rows of x. Weights are dequantized into panels of outputs, which stay in the
+// cache while rows of x are multiplied by them.
 //
 // Vectors run along the outputs, in both directions. Forward, outputs are rows of the stored matrix: a vector is a
 // piece of a column. For the gradient of the input they are its columns: a vector is a piece of a row. So one packed
 // copy serves both, neither weights nor activations are transposed, and x and y are walked row by row.
+//
+// Activations are packed once per call, as 32-bit words [chunk][row][kChunkSteps]: a word is what one multiply-add
+// step takes, one float32 or a pair of bfloat16. Chunks depend on the reduction alone.
+#ifndef QLORA_JAX_CPU_PANELS_H_
+#define QLORA_JAX_CPU_PANELS_H_
+
+#include "weights.h"
 
 namespace qlora_jax::QLORA_JAX_ISA {
 
-constexpr Nf4Code kNf4Code = MakeNf4Code();
-constexpr DynamicMap kDynamicMap = MakeDynamicMap();
+// Output features of one panel of dequantized weights, and reduction steps of one chunk: 32 KiB of float32, which
+// stays in the first-level cache beside the activations of one register tile.
+constexpr int kPanelWidth = 64;
+constexpr int kChunkSteps = 128;
+
+// A thread dequantizes a panel once for each tile of rows: tiles of 96 rows and more make that a small part of the
+// work, as it costs as much as the products of about 8 rows.
+constexpr int64_t kMinTileRows = 96;
+constexpr int64_t kMaxTileRows = 768;
+constexpr int64_t kPackRows = 16;
 
 // Where the 8 codes lie in 32 bits of packed weights: the high nibble of a byte comes first.
 constexpr int kCodeShift[8] = {4, 0, 12, 8, 20, 16, 28, 24};
-
-// Consecutive weights that ColumnCodes takes from each row. The vector paths need them to share a scale.
-constexpr int kRun = 32;
-
-static inline int64_t Smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-template <Dtype kDtype>
-struct Stored {
-  using Type = uint16_t;
-};
-template <>
-struct Stored<Dtype::kFloat32> {
-  using Type = float;
-};
 
 // A step multiplies one float32 weight by one activation. Other kinds of step take more elements at once.
 struct Float32Steps {
@@ -67,16 +55,12 @@ struct Region {
   int64_t elements;
 };
 
-// Whether every run of kRun weights, counted from the start of its row, lies in whole bytes and under one scale.
-static inline bool HasWholeRuns(const Nf4Weight& w) {
-  return ((w.in_features | int64_t{1} << w.block_shift) & (kRun - 1)) == 0;
-}
-
-// Weights round first to the weight's dtype; where it is the activations' dtype, that one rounding is all.
-template <Dtype kWeight, Dtype kActivation>
-static inline Vector RoundFirst(Vector weights) {
-  return kWeight == kActivation ? weights : Round<kWeight>(weights);
-}
+// Rows [row_begin, row_end) of one panel of outputs.
+struct Tile {
+  int64_t panel;
+  int64_t row_begin;
+  int64_t row_end;
+};
 
 template <class Steps, Dtype kWeight, Dtype kActivation>
 static void FillForward(const Nf4Weight& w, const Region& region, float* panel) {
@@ -283,21 +267,40 @@ static void PackRows(const Problem& problem, int64_t row_begin, int64_t row_end,
   }
 }
 
-// The kernels with `Bfloat16Steps` for bfloat16 activations and Float32Steps for the others.
+// Multiplies bfloat16 activations by `Bfloat16Steps` and the others by Float32Steps.
 template <class Bfloat16Steps>
-struct Kernels {
-  static int ElementsPerStep(Dtype dtype) {
-    return dtype == Dtype::kBfloat16 ? Bfloat16Steps::kElements : Float32Steps::kElements;
+struct Panels {
+  static int64_t Chunks(const Problem& problem) {
+    const int elements = problem.dtype == Dtype::kBfloat16 ? Bfloat16Steps::kElements : Float32Steps::kElements;
+    return CeilDivide(problem.reduction, int64_t{kChunkSteps} * elements);
   }
 
-  static void Pack(const Problem& problem, int64_t row_begin, int64_t row_end, uint32_t* packed) {
+  static Plan MakePlan(const Problem& problem, int64_t threads) {
+    const int64_t panels = CeilDivide(problem.outputs, kPanelWidth);
+    // Four tiles a thread balance the load.
+    const int64_t row_parts = CeilDivide(4 * threads, panels);
+    Plan plan;
+    plan.packed_bytes = Chunks(problem) * problem.rows * kChunkSteps * int64_t{sizeof(uint32_t)};
+    plan.pack_tasks = CeilDivide(problem.rows, kPackRows);
+    plan.tile_rows = Smaller(Larger(CeilDivide(problem.rows, row_parts), kMinTileRows), kMaxTileRows);
+    plan.tile_rows = Smaller(plan.tile_rows, problem.rows);
+    plan.tile_outputs = kPanelWidth;
+    plan.tasks = panels * CeilDivide(problem.rows, plan.tile_rows);
+    plan.workspace_bytes = (kChunkSteps + plan.tile_rows) * kPanelWidth * int64_t{sizeof(float)};
+    return plan;
+  }
+
+  static void Pack(const Problem& problem, int64_t task, void* packed) {
+    const int64_t begin = task * kPackRows;
+    const int64_t end = Smaller(begin + kPackRows, problem.rows);
+    uint32_t* words = static_cast<uint32_t*>(packed);
     switch (problem.dtype) {
       case Dtype::kFloat32:
-        return PackRows<Float32Steps, Dtype::kFloat32>(problem, row_begin, row_end, packed);
+        return PackRows<Float32Steps, Dtype::kFloat32>(problem, begin, end, words);
       case Dtype::kBfloat16:
-        return PackRows<Bfloat16Steps, Dtype::kBfloat16>(problem, row_begin, row_end, packed);
+        return PackRows<Bfloat16Steps, Dtype::kBfloat16>(problem, begin, end, words);
       case Dtype::kFloat16:
-        return PackRows<Float32Steps, Dtype::kFloat16>(problem, row_begin, row_end, packed);
+        return PackRows<Float32Steps, Dtype::kFloat16>(problem, begin, end, words);
     }
   }
 
@@ -313,18 +316,26 @@ struct Kernels {
     }
   }
 
-  static void Multiply(const Problem& problem, const uint32_t* packed, const Tile& tile, float* panel, float* sums) {
+  static void Multiply(const Problem& problem, const Plan& plan, int64_t task, const void* packed, void* workspace) {
+    const int64_t row_tiles = CeilDivide(problem.rows, plan.tile_rows);
+    const int64_t row = task % row_tiles * plan.tile_rows;
+    const Tile tile{task / row_tiles, row, Smaller(row + plan.tile_rows, problem.rows)};
+    const uint32_t* words = static_cast<const uint32_t*>(packed);
+    float* panel = static_cast<float*>(workspace);
+    float* sums = panel + int64_t{kChunkSteps} * kPanelWidth;
     switch (problem.dtype) {
       case Dtype::kFloat32:
-        return MultiplyAs<Float32Steps, Dtype::kFloat32>(problem, packed, tile, panel, sums);
+        return MultiplyAs<Float32Steps, Dtype::kFloat32>(problem, words, tile, panel, sums);
       case Dtype::kBfloat16:
-        return MultiplyAs<Bfloat16Steps, Dtype::kBfloat16>(problem, packed, tile, panel, sums);
+        return MultiplyAs<Bfloat16Steps, Dtype::kBfloat16>(problem, words, tile, panel, sums);
       case Dtype::kFloat16:
-        return MultiplyAs<Float32Steps, Dtype::kFloat16>(problem, packed, tile, panel, sums);
+        return MultiplyAs<Float32Steps, Dtype::kFloat16>(problem, words, tile, panel, sums);
     }
   }
 
-  static constexpr InstructionSet Named(const char* name) { return {name, ElementsPerStep, Pack, Multiply}; }
+  static constexpr Method kMethod = {MakePlan, Pack, Multiply};
 };
 
 }  // namespace qlora_jax::QLORA_JAX_ISA
+
+#endif  // QLORA_JAX_CPU_PANELS_H_

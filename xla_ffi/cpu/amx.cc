@@ -1,0 +1,23 @@
+// AMX with BF16: bfloat16 activations are multiplied in tiles, whatever tiles do not take as AVX-512 does it.
+#define QLORA_JAX_ISA amx
+
+#include "problem.h"
+#include "tile_config.h"
+
+#include "avx512_vectors.h"
+
+#include "amx_instructions.h"
+
+#include "amx_tiles.h"
+
+namespace qlora_jax {
+
+const InstructionSet& Amx() {
+  static constexpr InstructionSet set = {"amx", [](const Problem& problem) -> const Method& {
+                                           return amx::Tiles::Takes(problem) ? amx::Tiles::kMethod
+                                                                             : Avx512().choose(problem);
+                                         }};
+  return set;
+}
+
+}  // namespace qlora_jax
