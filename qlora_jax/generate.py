@@ -9,11 +9,12 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from qlora_jax.errors import UserError
 from qlora_jax.training.commands import command_line
 from qlora_jax.training.console import prepare_console, report_fault, report_mistakes
+from qlora_jax.training.options import OptionParser
 
 if TYPE_CHECKING:
     from qlora_jax.data.formats import Message
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from qlora_jax.models.llama import Llama
     from qlora_jax.training.config import TrainConfig
 
-_HELP = "python -m qlora_jax.generate --help lists every option"
 _DEMO_NAME = "smollm2-demo"
 _EXAMPLES = """\
 examples:
@@ -30,11 +30,6 @@ examples:
   python -m qlora_jax.generate --run runs/finetune                        a conversation; Ctrl-D ends it
   python -m qlora_jax.generate --model FOLDER_OR_GGUF --adapter ADAPTER --prompt "..."
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message, fix=_HELP)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,8 +55,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
       UserError: an unknown option (with the nearest known one), a value that does not fit, or options that exclude
         each other.
     """
-    parser = _parser()
-    options = parser.parse_args(_normalized(arguments, parser))
+    options = _parser().read(arguments)
     if options.run is None and options.model is None:
         raise UserError(
             "neither --run nor --model is given",
@@ -263,16 +257,12 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _parser() -> argparse.ArgumentParser:
-    from qlora_jax import __version__
-
-    parser = _Parser(
-        prog="python -m qlora_jax.generate",
+def _parser() -> OptionParser:
+    parser = OptionParser(
+        "generate",
         description="Asks a finetuned model. The answer alone is printed on stdout. Options are written --key value, "
         "--key=value or key=value.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--run", metavar="RUN", help="run folder of a training: its base model, settings and adapter are used")
@@ -302,39 +292,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("auto", "chat", "plain"),
         help="how messages are written; default: as the run was trained",
     )
-    add("--debug", action="store_true", help="show where in the code an error arose")
-    add("--version", action="version", version=f"qlora_jax {__version__}")
     return parser
-
-
-def _normalized(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
-    """Arguments as `--key=value`, so that values may begin with a dash."""
-    known = {name: action for action in parser._actions for name in action.option_strings}
-    normalized, rest = [], list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        if argument == "-h":
-            normalized.append("--help")
-            continue
-        key, equals, value = argument.partition("=")
-        if not argument.startswith("-") and not equals:
-            raise UserError(f"unexpected argument {argument!r}", fix=f"--prompt {argument!r}")
-        name = "--" + key.lstrip("-").replace("_", "-")
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            raise UserError(
-                f"unknown option {key}",
-                fix=f"did you mean {close[0]}?" if close else _HELP,
-            )
-        if known[name].nargs == 0:  # a flag
-            if equals and value.lower() not in ("true", "false"):
-                raise UserError(f"{argument}: {name} is true or false", fix=name)
-            normalized += [name] if value.lower() != "false" else []
-        elif equals or rest:
-            normalized.append(f"{name}={value if equals else rest.pop(0)}")
-        else:
-            raise UserError(f"{name} is given no value", fix=f"{name} {known[name].metavar or '...'}")
-    return normalized
 
 
 if __name__ == "__main__":

@@ -138,6 +138,15 @@ def unreadable(file: Path, error: Exception) -> UserError:
     )
 
 
+def not_finite(name: str, path: Path) -> UserError:
+    """The error for a weight that has values which are NaN or infinite."""
+    return UserError(
+        f"tensor {name!r} of {path} has values that are NaN or infinite",
+        why="every output of the model would be NaN",
+        fix="fetch the checkpoint again, or take an earlier one of the same training",
+    )
+
+
 def first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # A heading ("Validation error for field 'x':") says what is wrong in the line after it.

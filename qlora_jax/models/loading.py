@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from qlora_jax.checkpoints.bitsandbytes import BitsandbytesCheckpoint
 from qlora_jax.checkpoints.source import Checkpoint, open_checkpoint
+from qlora_jax.checkpoints.tensorfile import not_finite
 from qlora_jax.errors import UserError, UserErrors
 from qlora_jax.models.config import BLOCK_LINEARS, BLOCK_NORMS, LlamaConfig
 from qlora_jax.models.llama import Llama
@@ -185,11 +186,7 @@ class _Reader:
           UserError: it has values that are not finite.
         """
         if not finite:
-            raise UserError(
-                f"tensor {name!r} of {self.checkpoint.path} has values that are NaN or infinite",
-                why="every output of the model would be NaN",
-                fix="fetch the checkpoint again, or take an earlier one of the same training",
-            )
+            raise not_finite(name, self.checkpoint.path)
         self.done += 1
         if self.progress is not None:
             self.progress(self.done, self.total)

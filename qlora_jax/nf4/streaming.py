@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.nf4.blockwise import compiled_on_cpu
+from qlora_jax.nf4.blockwise import compiled_on_cpu, quantize
 from qlora_jax.nf4.calls import DTYPE_CODES, table
 from qlora_jax.nf4.kernels import load_module
 from qlora_jax.nf4.layout import rows_to_fragments
@@ -91,6 +91,29 @@ class QuantizedStack:
         """The stack on JAX's default device; nothing may be filled in afterwards."""
         leaves: dict[str, Any] = {name: on_device(leaf) for name, leaf in self._leaves.items()}
         return NF4Tensor(**leaves, **self._static)
+
+
+def quantize_rows(
+    weight: np.ndarray, *, quant_type: str, block_size: int, double_quant: bool
+) -> tuple[NF4Tensor, bool]:
+    """One weight quantized in the host's memory, in layout "rows" and NumPy's arrays.
+
+    Args:
+      weight: `[out, in]`, C-ordered, perhaps mapped from a file. float32 is rounded to bfloat16 first.
+      quant_type, block_size, double_quant: see quantize.
+
+    Returns:
+      The weight, and whether all values are finite.
+    """
+    shape = (weight.shape[1], weight.shape[0])
+    settings: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
+    if compiled_on_cpu():
+        stack = QuantizedStack(1, shape, weight.dtype.name, **settings, layout="rows")
+        finite = stack.fill(0, weight)
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[0], stack.tensor()), finite
+    kernel = jnp.asarray(weight).T
+    w = quantize(kernel.astype(jnp.bfloat16) if weight.dtype == np.float32 else kernel, **settings)
+    return jax.tree.map(np.asarray, w), bool(jnp.isfinite(kernel).all())
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

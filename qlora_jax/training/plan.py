@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from qlora_jax.errors import UserError
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.dataset import Dataset
+from qlora_jax.training.meter import in_bytes
 
 if TYPE_CHECKING:
     from qlora_jax.checkpoints.source import Checkpoint
@@ -125,8 +126,8 @@ def describe_plan(
     lines = {
         "model": f"{Path(config.model.path or '').name}: {_millions(sizes.parameters)} parameters, "
         f"{_millions(sizes.trained)} trained in adapters ({sizes.trained / (sizes.parameters + sizes.trained):.1%})",
-        "memory": f"weights {_megabytes(sizes.weight_bytes)} ({linears}), adapters {_megabytes(sizes.adapter_bytes)}, "
-        f"optimizer {_megabytes(sizes.optimizer_bytes)}{placed}",
+        "memory": f"weights {in_bytes(sizes.weight_bytes)} ({linears}), adapters {in_bytes(sizes.adapter_bytes)}, "
+        f"optimizer {in_bytes(sizes.optimizer_bytes)}{placed}",
         "data": f"{Path(config.data.path or '').name}: {len(dataset.train):,} of {rows:,} rows kept, "
         f"{dataset.train_too_long:,} dropped (longer than train.seq_len={train.seq_len}); {held_out}",
         "tokens": f"{dataset.tokens:,} per epoch, {dataset.trained_tokens / dataset.tokens:.1%} of them trained; "
@@ -169,7 +170,3 @@ def _millions(count: int) -> str:
     if count < 1e5:
         return f"{count:,}"
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

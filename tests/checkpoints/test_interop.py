@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType as Q
 
 from qlora_jax.checkpoints import open_checkpoint
 from qlora_jax.checkpoints.bitsandbytes_writer import save_bitsandbytes
+from qlora_jax.checkpoints.conversion import convert
 from qlora_jax.checkpoints.peft import load_adapter, save_adapter
 from qlora_jax.models.config import BLOCK_LINEARS
 from qlora_jax.models.loading import load_model
@@ -227,3 +228,30 @@ def test_a_4_bit_folder_of_ours_in_transformers(golden_dir, tmp_path, torch, qua
         with torch.no_grad():
             left, right = (loaded(torch.tensor(IDS, dtype=torch.long)).logits.float() for loaded in (ours, theirs))
         np.testing.assert_array_equal(left.numpy(), right.numpy())
+
+
+def test_a_converted_folder_in_transformers_gives_our_logits(golden_dir, tmp_path, torch):
+    """As loaded by transformers and bitsandbytes, in shards; a tied head too. Logits over the weights they decode."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(7)
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to(torch.float16).save_pretrained(tmp_path / "source")
+    for i, source in enumerate([golden_dir / "interop" / "tiny_llama_bf16", tmp_path / "source"]):
+        made = convert(open_checkpoint(source), tmp_path / f"out{i}", shard_bytes=100_000)
+        assert len(made.files) > 1
+        model = load_model(tmp_path / f"out{i}", dtype=jnp.float32)
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / f"out{i}", device_map="cpu")
+        dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        packed = {name: module for name, module in theirs.named_modules() if isinstance(module, Linear4bit)}
+        assert len(packed) == 7 * model.config.num_hidden_layers
+        for name, module in packed.items():
+            dense.get_submodule(name).weight.data.copy_(dequantize_4bit(module.weight.data, module.weight.quant_state))
+        np.testing.assert_allclose(torch_logits(dense, torch), np.asarray(model(jnp.asarray(IDS))), atol=1e-4, rtol=0)
+        with torch.no_grad():  # in training mode: bitsandbytes' own product on the CPU repacks the weights
+            rounded = theirs.train()(torch.tensor(IDS, dtype=torch.long)).logits.float().numpy()
+        # Activations in 16 bits; tests/golden/README.md has the distances.
+        np.testing.assert_allclose(rounded, torch_logits(dense, torch), atol=1e-2, rtol=0)

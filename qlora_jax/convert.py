@@ -1,0 +1,118 @@
+"""The quantizing door: `python -m qlora_jax.convert MODEL OUT`. Quantize once, start in seconds afterwards."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from qlora_jax.errors import UserError
+from qlora_jax.training.commands import command_line
+from qlora_jax.training.console import prepare_console, report_fault, report_mistakes
+from qlora_jax.training.options import OptionParser, size_in_bytes
+
+_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_EPILOG = """\
+OUT is a folder in bitsandbytes' format: train, generate, transformers and vLLM read it as it is. It holds the bytes of
+a model that is quantized while it is loaded, with the tokenizer, chat template and generation settings of MODEL.
+Tensors pass one at a time. OUT appears whole or, after Ctrl-C or a crash, not at all; run the command again then.
+
+examples:
+  python -m qlora_jax.convert FOLDER_OR_GGUF FOLDER-nf4
+  python -m qlora_jax.train model.path=FOLDER-nf4 data.path=rows.jsonl
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the door and returns its exit code: 0, 2 (a user's mistake), 130 (interrupted), 1 (anything else)."""
+    prepare_console()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        run(parse(given))
+    except UserError as error:
+        return report_mistakes(error, debug="--debug" in given)
+    except KeyboardInterrupt:
+        print("interrupted; nothing is kept", file=sys.stderr)
+        return 130
+    except Exception:
+        return report_fault()
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Reads the options. UserError: see OptionParser.read."""
+    parser = OptionParser(
+        "convert",
+        description="Quantizes a checkpoint to 4 bits, once, into a folder of its own.",
+        epilog=_EPILOG,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="HF folder, .gguf file or hub name, in 16 or 32 bits; read, never written")
+    add("out", metavar="OUT", help="folder to write; one that holds anything is refused")
+    add(
+        "--quant-type",
+        choices=("nf4", "fp4"),
+        default="nf4",
+        help="nf4 (default), or fp4: coarser where most weights are, only to compare",
+    )
+    add(
+        "--block-size",
+        metavar="N",
+        type=int,
+        choices=_BLOCK_SIZES,
+        default=64,
+        help="weights that share one scale (64); larger saves a fraction of a bit and rounds more coarsely",
+    )
+    add("--no-double-quant", action="store_true", help="keep scales in 32 bits: 0.37 bits per weight more")
+    add("--shard-size", metavar="SIZE", type=size_in_bytes, default="5GB", help="largest file of weights (5GB)")
+    return parser.read(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Converts, and says what came of it.
+
+    Raises:
+      UserError: a model that cannot be read or is quantized already, or an output folder that cannot be used.
+    """
+    from qlora_jax.checkpoints.atomic import check_unused
+    from qlora_jax.checkpoints.bitsandbytes import BitsandbytesCheckpoint
+    from qlora_jax.checkpoints.conversion import convert
+    from qlora_jax.checkpoints.source import open_checkpoint
+    from qlora_jax.models.loading import check_model
+    from qlora_jax.nf4.environment import check_environment
+    from qlora_jax.training.meter import Meter, in_bytes
+
+    out = Path(options.out).expanduser()
+    check_unused(out, option="OUT")
+    checkpoint = open_checkpoint(options.model)
+    if isinstance(checkpoint, BitsandbytesCheckpoint):
+        raise UserError(
+            f"{checkpoint.path} is in 4 bits already",
+            why="to quantize it again would add error to error",
+            fix=f"model.path={options.model} trains it as it is",
+        )
+    settings = {"quant_type": options.quant_type, "block_size": options.block_size}
+    check_model(checkpoint, **settings, double_quant=not options.no_double_quant)
+    check_environment()
+    began = time.monotonic()
+    with Meter("writing") as meter:
+        made = convert(
+            checkpoint,
+            out,
+            **settings,
+            double_quant=not options.no_double_quant,
+            shard_bytes=options.shard_size,
+            progress=meter.show,
+        )
+    files = f"{len(made.files)} file{'s' * (len(made.files) > 1)}"
+    print(
+        f"{out}: {in_bytes(made.nbytes)} in {files}, {made.linear_bits:.2f} bits per weight of the linears, "
+        f"{time.monotonic() - began:.1f} s"
+    )
+    if made.missing:
+        print(f"note: {checkpoint.path} has no {' and no '.join(made.missing)}, so {out} has none", file=sys.stderr)
+    print(f"train it:\n  {command_line('train', f'model.path={out}', 'data.path=rows.jsonl')}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
