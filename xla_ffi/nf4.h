@@ -106,13 +106,17 @@ QLORA_JAX_HOST_DEVICE static inline int Code(const uint8_t* packed, int64_t elem
   return element & 1 ? byte & 15 : byte >> 4;
 }
 
+// Number of local block `block`, which holds element [out, in], in the tensor of which `w` is a shard.
+QLORA_JAX_HOST_DEVICE static inline int64_t GlobalBlock(const Nf4Weight& w, int64_t block, int64_t out, int64_t in) {
+  return w.row_blocks == 0 ? block : (w.first_row + out) * w.row_blocks + w.first_block + (in >> w.block_shift);
+}
+
 // float32 scale of the block that holds element [out, in]; two roundings where scales are quantized.
 QLORA_JAX_HOST_DEVICE static inline float BlockScale(const Nf4Weight& w, const float* dynamic_map, int64_t out,
                                                      int64_t in) {
   const int64_t block = (out * w.in_features + in) >> w.block_shift;
   if (w.scale_codes == nullptr) return w.scales[block];
-  const int64_t global_block =
-      w.row_blocks == 0 ? block : (w.first_row + out) * w.row_blocks + w.first_block + (in >> w.block_shift);
+  const int64_t global_block = GlobalBlock(w, block, out, in);
   const float scale = MultiplyRounded(dynamic_map[w.scale_codes[block]], w.group_scales[global_block >> kGroupShift]);
   return AddRounded(scale, w.offset);
 }

@@ -34,26 +34,47 @@ static inline __m512i InRunOrder(__m512i halves) {
   return _mm512_permutexvar_epi16(order, halves);
 }
 
-// Decodes the runs of one row one after the other and keeps the table of the block that they lie in.
-template <Dtype kWeight>
-class RowReader {
- public:
-  RowReader(const Nf4Weight& w, int64_t out) : w_(&w), out_(out) {}
-
-  // The run that begins at weight `in` of the row. Reads of one block must follow each other; `first` starts anew.
-  inline __m512i Run(Table codes, int64_t in, bool first) {
-    const int64_t weight = out_ * w_->in_features + in;
-    if (first || (weight & ((int64_t{1} << w_->block_shift) - 1)) == 0) {
-      table_ = ScaledHalves<kWeight>(codes, BlockScale(*w_, kDynamicMap.value, out_, in));
-    }
-    return DecodeRun(table_, w_->packed + weight / 2);
+// Decodes `blocks` whole blocks of 64, as nearly every weight has them; run after run goes to put(number, weights).
+template <Dtype kWeight, class ScaleOf, class Put>
+static inline void DecodeBlocksOf64(Table codes, const uint8_t* bytes, int64_t blocks, ScaleOf scale_of, Put put) {
+  for (int64_t block = 0; block < blocks; ++block, bytes += kRun) {
+    const HalvesTable table = ScaledHalves<kWeight>(codes, scale_of(block));
+    put(2 * block, DecodeRun(table, bytes));
+    put(2 * block + 1, DecodeRun(table, bytes + kRun / 2));
   }
+}
 
- private:
-  const Nf4Weight* w_;
-  int64_t out_;
-  HalvesTable table_;
-};
+// Decodes weights [in, in + count) of a row; run after run goes to put(number, weights).
+template <Dtype kWeight, class Put>
+static inline void DecodeRow(const Nf4Weight& w, Table codes, int64_t out, int64_t in, int64_t count, Put put) {
+  const int64_t first = out * w.in_features + in;
+  const uint8_t* bytes = w.packed + first / 2;
+  if (w.block_shift == 6 && ((first | count) & 63) == 0) {
+    const int64_t block = first >> 6, blocks = count >> 6;
+    if (w.scale_codes == nullptr) {
+      const float* scales = w.scales + block;
+      return DecodeBlocksOf64<kWeight>(codes, bytes, blocks, [=](int64_t i) { return scales[i]; }, put);
+    }
+    const int64_t global_block = GlobalBlock(w, block, out, in);
+    const int64_t group = global_block >> kGroupShift;
+    if (((global_block + blocks - 1) >> kGroupShift) == group) {
+      const uint8_t* scale_codes = w.scale_codes + block;
+      const float group_scale = w.group_scales[group], offset = w.offset;
+      const auto scale_of = [=](int64_t i) {
+        return AddRounded(MultiplyRounded(kDynamicMap.value[scale_codes[i]], group_scale), offset);
+      };
+      return DecodeBlocksOf64<kWeight>(codes, bytes, blocks, scale_of, put);
+    }
+  }
+  const int64_t block_mask = (int64_t{1} << w.block_shift) - 1;
+  HalvesTable table = {};
+  for (int64_t i = 0; i < count; i += kRun) {
+    if (i == 0 || ((first + i) & block_mask) == 0) {
+      table = ScaledHalves<kWeight>(codes, BlockScale(w, kDynamicMap.value, out, in + i));
+    }
+    put(i / kRun, DecodeRun(table, bytes + i / 2));
+  }
+}
 
 }  // namespace qlora_jax::QLORA_JAX_ISA
 
