@@ -6,6 +6,7 @@ repacked; it is compared with the faster one of each size.
 """
 
 import dataclasses
+import functools
 import sys
 import tempfile
 import time
@@ -32,7 +33,7 @@ from qlora_jax.benchmarks.programs import (
 )
 from qlora_jax.benchmarks.shapes import Size
 from qlora_jax.benchmarks.timing import Program, interleave, ratios, spread
-from qlora_jax.nf4 import quantize
+from qlora_jax.nf4.streaming import quantize_rows
 
 SHAPES = ((4096, 4096), (4096, 11008))
 ROWS = (1, 8, 32, 128, 512, 2048)
@@ -247,9 +248,10 @@ def _distances(
 def _time_quantize(
     shape: tuple[int, int], peer: Peer | None, copies: int, threads: int, settings: Settings
 ) -> dict[str, Any]:
-    """Quantization of a bfloat16 weight, as it lies in a checkpoint, `[out, in]`."""
-    weight = make_matrix(shape).T.copy()
-    programs: dict[str, Program] = {"ours": _Repeated(jax.jit(lambda weight: quantize(weight.T)), (weight,))}
+    """A bfloat16 weight `[out, in]`, as a checkpoint has it, by what load_model and convert do."""
+    weight = np.ascontiguousarray(np.asarray(make_matrix(shape)).T)
+    how: dict[str, Any] = {"quant_type": "nf4", "block_size": 64, "double_quant": True}
+    programs: dict[str, Program] = {"ours": _Repeated(functools.partial(quantize_rows, **how), (weight,))}
     if peer is not None:
         programs["bnb"] = _PeerProgram(peer, "quantize", copies)
     _say(f"quantize in={shape[0]} out={shape[1]}")

@@ -36,13 +36,14 @@ struct QuantizeKernels {
   // codes a byte begun. What a block or byte lacks counts as 0.
   void (*encode)(const Encoding& encoding, Elements kind, const void* elements, int64_t count, int block_shift,
                  uint8_t* packed, float* absmax);
+  // Encodes `columns` columns of a matrix, from its first row on, each as `encode` does: the results of one column after
+  // those of the other. `rows` are whole blocks; `stride` elements lie between rows.
+  void (*encode_columns)(const Encoding& encoding, Elements kind, const void* elements, int64_t stride, int64_t rows,
+                         int64_t columns, int block_shift, uint8_t* packed, float* absmax);
   // Encodes block scales, less `offset`, from the start of a group on: a byte each and a scale for each group begun.
   void (*encode_scales)(const float* absmax, int64_t count, float offset, uint8_t* codes, float* group_scales);
   // Mean by a tree of sums, whose order blockwise.py has too; `sums` holds (count + 1) / 2 floats.
   float (*mean)(const float* values, int64_t count, float* sums);
-  // target[column][row] = source[row][column], of elements of 2 or 4 bytes; strides count elements.
-  void (*transpose)(int64_t bytes, const void* source, int64_t source_stride, int64_t rows, int64_t columns,
-                    void* target, int64_t target_stride);
 };
 
 const QuantizeKernels& QuantizePortable();

@@ -19,6 +19,10 @@ static inline void PackCodes(Words codes, uint8_t* packed) {
   __builtin_memcpy(packed, &word, sizeof word);
 }
 
+static inline __m256 Pick(const float* table, Words indices) {
+  return _mm256_permutevar8x32_ps(_mm256_load_ps(table), (__m256i)indices);
+}
+
 }  // namespace qlora_jax::quantize_avx2
 
 #include "quantize_kernels.h"

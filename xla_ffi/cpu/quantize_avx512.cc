@@ -15,6 +15,11 @@ static inline void PackCodes(Words codes, uint8_t* packed) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi64_epi8(pairs));
 }
 
+static inline __m512 Pick(const float* table, Words indices) {
+  const __m512 twice = _mm512_broadcast_f32x8(_mm256_load_ps(table));  // indices have 4 bits here
+  return _mm512_permutexvar_ps((__m512i)indices, twice);
+}
+
 }  // namespace qlora_jax::quantize_avx512
 
 #include "quantize_kernels.h"

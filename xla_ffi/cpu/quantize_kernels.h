@@ -5,6 +5,7 @@
 //   kLanes                     float32 values of a vector
 //   Words                      a vector of as many 32-bit integers
 //   PackCodes(codes, packed)   kLanes codes to kLanes / 2 bytes, the first of two in the high nibble
+//   Pick(table, indices)       of 8 float32 values, aligned to 32 bytes, those that the lowest 3 bits of indices name
 // Everything here lies in that namespace, so that no two instruction sets share a function.
 
 namespace qlora_jax::QLORA_JAX_ISA {
@@ -104,41 +105,60 @@ static inline float LargestMagnitude(const char* source, int64_t count) {
 // 1 / scale, and 0 for 0 and NaN, which sends a block of zeros to the code of zero.
 static inline float Reciprocal(float scale) { return scale > 0.0f ? 1.0f / scale : 0.0f; }
 
-template <bool kByMagnitude>
-static inline Words Codes(const Encoding& encoding, Floats normalized) {
-  if constexpr (!kByMagnitude) {
-    Words codes = {};
-    for (int i = 0; i < 15; ++i) codes -= normalized > encoding.thresholds[i];
-    return codes;
-  } else {
-    const Floats magnitudes = BitCast<Floats>(BitCast<Words>(normalized) & 0x7fffffff);
-    Words codes = Words{} + encoding.codes[0];
-    for (int i = 0; i < 7; ++i) {
-      codes += (magnitudes > encoding.thresholds[i]) & (encoding.codes[i + 1] - encoding.codes[i]);
+// The thresholds of an Encoding as a binary search tree: nodes 2n and 2n + 1 are the children of node n, 1 is the root.
+struct SearchTree {
+  alignas(32) float upper[8];  // nodes 1 to 7
+  alignas(32) float lower[8];  // nodes 8 to 15; by magnitude, the codes of 3 bits, as they stand in a float
+
+  SearchTree(const Encoding& encoding) {
+    const int levels = encoding.by_magnitude ? 3 : 4;
+    upper[0] = 0.0f;
+    for (int level = 0; level < levels; ++level) {
+      for (int i = 0; i < 1 << level; ++i) {
+        const float threshold = encoding.thresholds[((2 * i + 1) << (levels - 1 - level)) - 1];
+        (level < 3 ? upper[(1 << level) + i] : lower[i]) = threshold;
+      }
     }
-    return codes | ((normalized < 0.0f) & 8);
+    if (encoding.by_magnitude) {
+      for (int i = 0; i < 8; ++i) lower[i] = FloatFromBits(encoding.codes[i]);
+    }
   }
+};
+
+template <bool kByMagnitude>
+static inline Words Codes(const SearchTree& tree, Floats normalized) {
+  const Floats searched = kByMagnitude ? BitCast<Floats>(BitCast<Words>(normalized) & 0x7fffffff) : normalized;
+  Words node = 2 + ((searched > tree.upper[1]) & 1);
+  node += node + ((searched > Pick(tree.upper, node)) & 1);
+  node += node + ((searched > Pick(tree.upper, node)) & 1);
+  if constexpr (kByMagnitude) return BitCast<Words>(Pick(tree.lower, node)) | ((normalized < 0.0f) & 8);
+  node += node + ((searched > Pick(tree.lower, node)) & 1);
+  return node & 15;
 }
+
+// So far ahead, perhaps past the end, elements are called for: without it most of the time is spent waiting for them.
+constexpr int64_t kPrefetchBytes = 4096;
 
 // One whole block.
 template <Elements kKind, bool kByMagnitude>
-static inline void EncodeBlock(const Encoding& encoding, const char* source, int64_t block, uint8_t* packed,
+static inline void EncodeBlock(const SearchTree& tree, const char* source, int64_t block, uint8_t* packed,
                                float* absmax) {
+  for (int64_t i = 0; i < block * BytesOf(kKind); i += 64) __builtin_prefetch(source + i + kPrefetchBytes);
   *absmax = LargestMagnitude<kKind>(source, block);
   const float reciprocal = Reciprocal(*absmax);
   for (int64_t i = 0; i < block; i += kLanes) {
     const Floats normalized = LoadFloats<kKind>(source + i * BytesOf(kKind)) * reciprocal;
-    PackCodes(Codes<kByMagnitude>(encoding, normalized), packed + i / 2);
+    PackCodes(Codes<kByMagnitude>(tree, normalized), packed + i / 2);
   }
 }
 
 template <Elements kKind, bool kByMagnitude>
-static void EncodeAs(const Encoding& given, const char* source, int64_t count, int block_shift, uint8_t* packed,
+static void EncodeAs(const Encoding& encoding, const char* source, int64_t count, int block_shift, uint8_t* packed,
                      float* absmax) {
-  const Encoding encoding = given;  // local, so that no store can change it and thresholds stay in registers
+  const SearchTree tree(encoding);  // local, so that no store can change it and it stays in registers
   const int64_t block = int64_t{1} << block_shift;
   for (; count >= block; count -= block) {
-    EncodeBlock<kKind, kByMagnitude>(encoding, source, block, packed, absmax);
+    EncodeBlock<kKind, kByMagnitude>(tree, source, block, packed, absmax);
     source += block * BytesOf(kKind);
     packed += block / 2;
     ++absmax;
@@ -148,30 +168,108 @@ static void EncodeAs(const Encoding& given, const char* source, int64_t count, i
   uint8_t codes[kMaxBlock / 2];
   __builtin_memset(rest, 0, block * BytesOf(kKind));
   __builtin_memcpy(rest, source, count * BytesOf(kKind));
-  EncodeBlock<kKind, kByMagnitude>(encoding, rest, block, codes, absmax);
+  EncodeBlock<kKind, kByMagnitude>(tree, rest, block, codes, absmax);
   __builtin_memcpy(packed, codes, (count + 1) / 2);
 }
 
+// `width` <= kLanes elements; 0 where the others would be.
 template <Elements kKind>
-static void EncodeKind(const Encoding& encoding, const void* elements, int64_t count, int block_shift, uint8_t* packed,
-                       float* absmax) {
-  const auto encode = encoding.by_magnitude ? EncodeAs<kKind, true> : EncodeAs<kKind, false>;
-  encode(encoding, static_cast<const char*>(elements), count, block_shift, packed, absmax);
+static inline Floats LoadFirst(const char* source, int64_t width) {
+  if (width == kLanes) return LoadFloats<kKind>(source);
+  char elements[kLanes * BytesOf(kKind)] = {};
+  __builtin_memcpy(elements, source, width * BytesOf(kKind));
+  return LoadFloats<kKind>(elements);
+}
+
+// A block of each of `width` <= kLanes columns, one column a lane, of a matrix whose rows are `stride` bytes apart.
+// Results for two columns are `packed_stride` bytes and `absmax_stride` scales apart.
+template <Elements kKind, bool kByMagnitude>
+static inline void EncodeColumnBlocks(const SearchTree& tree, const char* source, int64_t stride, int64_t width,
+                                      int64_t block, uint8_t* packed, int64_t packed_stride, float* absmax,
+                                      int64_t absmax_stride) {
+  Words largest = {};
+  for (int64_t i = 0; i < block; ++i) {
+    __builtin_prefetch(source + (block + i) * stride);
+    const Words magnitudes = BitCast<Words>(LoadFirst<kKind>(source + i * stride, width)) & 0x7fffffff;
+    largest = magnitudes > largest ? magnitudes : largest;
+  }
+  largest &= largest >= 0x00800000;
+  const Floats scales = BitCast<Floats>(largest);
+  const Floats reciprocals = BitCast<Floats>(BitCast<Words>(1.0f / scales) & (scales > 0.0f));
+  constexpr int64_t kCodesPerWord = 8;
+  int32_t words[kMaxBlock / kCodesPerWord][kLanes];
+  for (int64_t i = 0; i < block; i += kCodesPerWord) {
+    Words word = {};
+    for (int j = 0; j < kCodesPerWord; ++j) {
+      const Floats normalized = LoadFirst<kKind>(source + (i + j) * stride, width) * reciprocals;
+      word |= Codes<kByMagnitude>(tree, normalized) << (4 * (j ^ 1));  // the first of two in the high nibble
+    }
+    __builtin_memcpy(words[i / kCodesPerWord], &word, sizeof word);
+  }
+  for (int64_t lane = 0; lane < width; ++lane) {
+    absmax[lane * absmax_stride] = scales[lane];
+    for (int64_t i = 0; i < block / kCodesPerWord; ++i) {
+      __builtin_memcpy(packed + lane * packed_stride + 4 * i, &words[i][lane], 4);
+    }
+  }
+}
+
+template <Elements kKind, bool kByMagnitude>
+static void EncodeColumnsAs(const Encoding& encoding, const char* source, int64_t stride, int64_t rows,
+                            int64_t columns, int block_shift, uint8_t* packed, float* absmax) {
+  const SearchTree tree(encoding);
+  const int64_t block = int64_t{1} << block_shift;
+  const int64_t packed_stride = rows / 2, absmax_stride = rows >> block_shift;
+  for (int64_t row = 0; row < rows; row += block) {
+    for (int64_t column = 0; column < columns; column += kLanes) {
+      const int64_t width = columns - column < kLanes ? columns - column : kLanes;
+      const int64_t block_index = row >> block_shift;
+      EncodeColumnBlocks<kKind, kByMagnitude>(tree, source + row * stride + column * BytesOf(kKind), stride, width,
+                                              block, packed + column * packed_stride + row / 2, packed_stride,
+                                              absmax + column * absmax_stride + block_index, absmax_stride);
+    }
+  }
+}
+
+// The functions of one kind of elements and of encoding.
+struct Encoders {
+  void (*rows)(const Encoding&, const char*, int64_t, int, uint8_t*, float*);
+  void (*columns)(const Encoding&, const char*, int64_t, int64_t, int64_t, int, uint8_t*, float*);
+};
+
+template <Elements kKind>
+static Encoders EncodersOf(bool by_magnitude) {
+  if (by_magnitude) return {EncodeAs<kKind, true>, EncodeColumnsAs<kKind, true>};
+  return {EncodeAs<kKind, false>, EncodeColumnsAs<kKind, false>};
+}
+
+static Encoders EncodersOf(const Encoding& encoding, Elements kind) {
+  switch (kind) {
+    case Elements::kFloat32:
+      return EncodersOf<Elements::kFloat32>(encoding.by_magnitude);
+    case Elements::kBfloat16:
+      return EncodersOf<Elements::kBfloat16>(encoding.by_magnitude);
+    case Elements::kFloat16:
+      return EncodersOf<Elements::kFloat16>(encoding.by_magnitude);
+    case Elements::kRounded:
+      return EncodersOf<Elements::kRounded>(encoding.by_magnitude);
+  }
+  __builtin_unreachable();
 }
 
 static void Encode(const Encoding& encoding, Elements kind, const void* elements, int64_t count, int block_shift,
                    uint8_t* packed, float* absmax) {
   const FlushSubnormals flush;
-  switch (kind) {
-    case Elements::kFloat32:
-      return EncodeKind<Elements::kFloat32>(encoding, elements, count, block_shift, packed, absmax);
-    case Elements::kBfloat16:
-      return EncodeKind<Elements::kBfloat16>(encoding, elements, count, block_shift, packed, absmax);
-    case Elements::kFloat16:
-      return EncodeKind<Elements::kFloat16>(encoding, elements, count, block_shift, packed, absmax);
-    case Elements::kRounded:
-      return EncodeKind<Elements::kRounded>(encoding, elements, count, block_shift, packed, absmax);
-  }
+  const char* const source = static_cast<const char*>(elements);
+  EncodersOf(encoding, kind).rows(encoding, source, count, block_shift, packed, absmax);
+}
+
+static void EncodeColumns(const Encoding& encoding, Elements kind, const void* elements, int64_t stride, int64_t rows,
+                          int64_t columns, int block_shift, uint8_t* packed, float* absmax) {
+  const FlushSubnormals flush;
+  const char* const source = static_cast<const char*>(elements);
+  EncodersOf(encoding, kind).columns(encoding, source, stride * BytesOf(kind), rows, columns, block_shift, packed,
+                                     absmax);
 }
 
 // The 255 midpoints of the dynamic map, and infinity.
@@ -243,25 +341,8 @@ static float Mean(const float* values, int64_t count, float* sums) {
   return from[0] / static_cast<float>(count);
 }
 
-template <class T>
-static void TransposeAs(const char* source, int64_t source_stride, int64_t rows, int64_t columns, char* target,
-                        int64_t target_stride) {
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t column = 0; column < columns; ++column) {
-      __builtin_memcpy(target + (column * target_stride + row) * sizeof(T),
-                       source + (row * source_stride + column) * sizeof(T), sizeof(T));
-    }
-  }
-}
-
-static void Transpose(int64_t bytes, const void* source, int64_t source_stride, int64_t rows, int64_t columns,
-                      void* target, int64_t target_stride) {
-  const auto transpose = bytes == 4 ? TransposeAs<uint32_t> : TransposeAs<uint16_t>;
-  transpose(static_cast<const char*>(source), source_stride, rows, columns, static_cast<char*>(target), target_stride);
-}
-
 static constexpr QuantizeKernels NamedQuantize(const char* name) {
-  return {name, Encode, EncodeScales, Mean, Transpose};
+  return {name, Encode, EncodeColumns, EncodeScales, Mean};
 }
 
 }  // namespace qlora_jax::QLORA_JAX_ISA

@@ -1,7 +1,6 @@
 #include "quantize_weight.h"
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
 #include <new>
 
@@ -25,9 +24,8 @@ int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Whole blocks, bytes and groups.
 constexpr int64_t kTaskElements = int64_t{1} << 18;
 constexpr int64_t kTaskScales = int64_t{1} << 14;
-// Rows gathered at once from an input-major weight, and inputs of one tile: each 64 bytes of 16-bit elements or more.
-constexpr int64_t kTaskRows = 32;
-constexpr int64_t kTileInputs = 64;
+// Of an input-major weight: what a row of them takes is whole cache lines.
+constexpr int64_t kTaskColumns = 32;
 
 void EncodeConsecutive(const QuantizeKernels& kernels, const QuantizeProblem& p, const Parallel& parallel) {
   parallel(CeilDivide(p.size(), kTaskElements), [&](int64_t task) {
@@ -39,30 +37,13 @@ void EncodeConsecutive(const QuantizeKernels& kernels, const QuantizeProblem& p,
 }
 
 void EncodeInputMajor(const QuantizeKernels& kernels, const QuantizeProblem& p, const Parallel& parallel) {
-  const int64_t bytes = BytesOf(p.kind);
-  // One more cache line: rows of a power of two would all fall into the same few sets.
-  const int64_t stride = p.in_features + 64 / bytes;
-  std::atomic<bool> exhausted{false};
-  parallel(CeilDivide(p.out_features, kTaskRows), [&](int64_t task) {
-    const int64_t first = task * kTaskRows;
-    const int64_t outs = std::min(kTaskRows, p.out_features - first);
-    const std::unique_ptr<char[]> rows(new (std::nothrow) char[outs * stride * bytes]);
-    if (rows == nullptr) {
-      exhausted = true;  // a task must not throw
-      return;
-    }
-    for (int64_t in = 0; in < p.in_features; in += kTileInputs) {
-      kernels.transpose(bytes, static_cast<const char*>(p.elements) + (in * p.out_features + first) * bytes,
-                        p.out_features, std::min(kTileInputs, p.in_features - in), outs, rows.get() + in * bytes,
-                        stride);
-    }
-    for (int64_t i = 0; i < outs; ++i) {
-      const int64_t element = (first + i) * p.in_features;
-      kernels.encode(p.encoding, p.kind, rows.get() + i * stride * bytes, p.in_features, p.block_shift,
-                     p.packed + element / 2, p.absmax + (element >> p.block_shift));
-    }
+  parallel(CeilDivide(p.out_features, kTaskColumns), [&](int64_t task) {
+    const int64_t first = task * kTaskColumns;
+    const int64_t element = first * p.in_features;
+    kernels.encode_columns(p.encoding, p.kind, static_cast<const char*>(p.elements) + first * BytesOf(p.kind),
+                           p.out_features, p.in_features, std::min(kTaskColumns, p.out_features - first),
+                           p.block_shift, p.packed + element / 2, p.absmax + (element >> p.block_shift));
   });
-  if (exhausted) throw std::bad_alloc();
 }
 
 }  // namespace

@@ -32,7 +32,7 @@ struct QuantizeProblem {
 // Calls body(task) for every task in [0, tasks), on whichever threads it has, and returns when all calls have.
 using Parallel = std::function<void(int64_t tasks, const std::function<void(int64_t task)>& body)>;
 
-// Throws std::bad_alloc where there is no memory for a few rows (input_major) or a sum of the scales.
+// Throws std::bad_alloc where there is no memory for a sum of the scales.
 void QuantizeWeight(const QuantizeProblem& problem, const Parallel& parallel);
 
 // Fills `encoding` and returns an empty string, or says what is wrong: 15 thresholds and codes 0..15, or, by magnitude,
