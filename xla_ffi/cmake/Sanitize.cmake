@@ -2,7 +2,7 @@
 # memory that ends where they do (tests/sanitize/guarded.h). GCC's runtime libraries have to be preloaded into Python.
 function(sanitize target)
   target_compile_options(${target} PRIVATE
-    -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1
+    -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1
     -UNDEBUG -D_GLIBCXX_ASSERTIONS)
   target_link_options(${target} PRIVATE -fsanitize=address,undefined)
   target_compile_definitions(${target} PRIVATE QLORA_JAX_SANITIZE)
