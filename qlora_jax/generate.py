@@ -200,17 +200,20 @@ def _load(source: _Source, options: argparse.Namespace) -> Callable[[_Turns], st
     from qlora_jax.data.formats import Message
     from qlora_jax.data.rendering import Renderer
     from qlora_jax.models.loading import load_model
+    from qlora_jax.training.meter import Meter
 
     config = source.config
     path = _base_model(source.model)
     _say(f"loading {path}" + (f" with the adapter {source.adapter}" if source.adapter else ""))
     checkpoint = open_checkpoint(path)
     renderer = Renderer(checkpoint.tokenizer(), options.template or config.data.template)
-    model = load_model(
-        checkpoint,
-        **config.quant.load_arguments(),
-        dtype=config.model.dtype,
-    )
+    with Meter("loading", "tensors") as meter:
+        model = load_model(
+            checkpoint,
+            **config.quant.load_arguments(),
+            dtype=config.model.dtype,
+            progress=meter.show,
+        )
     if source.adapter is not None:
         load_adapter(model, source.adapter)
     return lambda turns: _reply(model, renderer, [Message(*turn) for turn in turns], options)

@@ -12,6 +12,7 @@ from qlora_jax.checkpoints.peft import save_adapter
 from qlora_jax.checkpoints.state import CheckpointStore
 from qlora_jax.models.loading import load_model
 from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.meter import Meter
 from qlora_jax.training.preparation import Prepared, prepare
 from qlora_jax.training.progress import Progress
 from qlora_jax.training.report import write_report
@@ -52,11 +53,8 @@ def run_training(
         return _with_eval_losses(Result(start, already_finished=True), folder)
 
     fingerprint = {"base_sha256": checkpoint.fingerprint(), "data_sha256": dataset_sha256(dataset)}
-    session = Session(
-        config,
-        folder,
-        progress,
-        model=load_model(
+    with Meter("loading", "tensors") as meter:
+        model = load_model(
             checkpoint,
             **config.quant.load_arguments(),
             rank=config.lora.rank,
@@ -65,7 +63,13 @@ def run_training(
             targets=config.lora.targets,
             dtype=jnp.dtype(config.model.dtype),
             seed=config.seed,
-        ),
+            progress=meter.show,
+        )
+    session = Session(
+        config,
+        folder,
+        progress,
+        model=model,
         dataset=dataset,
         store=store,
         fingerprint=fingerprint,

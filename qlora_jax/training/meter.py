@@ -1,11 +1,20 @@
-"""How far files have been written: a bar on a terminal, else a line at a tenth, if it takes long. On standard error."""
+"""How far a model is read or written, on standard error: a bar on a terminal, else lines at tenths if it takes long."""
 
 import sys
 import time
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 _LINES = 10
 _QUIET_SECONDS = 2.0
@@ -16,17 +25,19 @@ class Meter:
 
     Args:
       what: the word before the bar.
+      unit: what is counted: "bytes", or another noun in the plural.
     """
 
-    def __init__(self, what: str) -> None:
-        self._what = what
+    def __init__(self, what: str, unit: str = "bytes") -> None:
+        self._what, self._unit = what, unit
         self._console = Console(file=sys.stderr, highlight=False)
         self._began = time.monotonic()
         self._tenths, self._said = 0, self._began
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn())
-        self._bar = Progress(
-            *columns, TransferSpeedColumn(), TimeRemainingColumn(), console=self._console, transient=True
-        )
+        counted: tuple[ProgressColumn, ...] = (DownloadColumn(), TransferSpeedColumn())
+        if unit != "bytes":
+            counted = (MofNCompleteColumn(), TextColumn(unit))
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), *counted, TimeRemainingColumn())
+        self._bar = Progress(*columns, console=self._console, transient=True)
         self._task = self._bar.add_task(what, total=None)
 
     def __enter__(self) -> Self:
@@ -39,14 +50,17 @@ class Meter:
             self._bar.stop()
 
     def show(self, done: int, total: int) -> None:
-        """`done` bytes of `total` are written."""
+        """`done` of `total` are read or written."""
         if self._console.is_terminal:
             self._bar.update(self._task, completed=done, total=total)
             return
         tenths, now = _LINES * done // max(total, 1), time.monotonic()
         if tenths > self._tenths and now - self._said > _QUIET_SECONDS:
             self._tenths, self._said = tenths, now
-            line = f"{self._what}: {in_bytes(done)} of {in_bytes(total)}, {now - self._began:.0f} s"
+            count = f"{in_bytes(done)} of {in_bytes(total)}"
+            if self._unit != "bytes":
+                count = f"{done} of {total} {self._unit}"
+            line = f"{self._what}: {count}, {now - self._began:.0f} s"
             self._console.print(line, markup=False, soft_wrap=True)
 
 
