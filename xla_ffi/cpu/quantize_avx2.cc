@@ -1,5 +1,6 @@
 // AVX2: vectors of 8 lanes.
 #define QLORA_JAX_ISA quantize_avx2
+#define QLORA_JAX_PICKS
 
 #include "quantize.h"
 

@@ -1,5 +1,6 @@
 // AVX-512 (F, BW, DQ, VL): vectors of 16 lanes.
 #define QLORA_JAX_ISA quantize_avx512
+#define QLORA_JAX_PICKS
 
 #include "quantize.h"
 

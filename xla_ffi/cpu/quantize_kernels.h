@@ -5,6 +5,7 @@
 //   kLanes                     float32 values of a vector
 //   Words                      a vector of as many 32-bit integers
 //   PackCodes(codes, packed)   kLanes codes to kLanes / 2 bytes, the first of two in the high nibble
+// and, where it has an instruction for it, with QLORA_JAX_PICKS:
 //   Pick(table, indices)       of 8 float32 values, aligned to 32 bytes, those that the lowest 3 bits of indices name
 // Everything here lies in that namespace, so that no two instruction sets share a function.
 
@@ -105,60 +106,90 @@ static inline float LargestMagnitude(const char* source, int64_t count) {
 // 1 / scale, and 0 for 0 and NaN, which sends a block of zeros to the code of zero.
 static inline float Reciprocal(float scale) { return scale > 0.0f ? 1.0f / scale : 0.0f; }
 
-// The thresholds of an Encoding as a binary search tree: nodes 2n and 2n + 1 are the children of node n, 1 is the root.
-struct SearchTree {
-  alignas(32) float upper[8];  // nodes 1 to 7
-  alignas(32) float lower[8];  // nodes 8 to 15; by magnitude, the codes of 3 bits, as they stand in a float
-
-  SearchTree(const Encoding& encoding) {
+// Finds the codes of normalized weights.
+#ifdef QLORA_JAX_PICKS
+// The thresholds are a binary search tree: nodes 2n and 2n + 1 are the children of node n, 1 is the root.
+class Search {
+ public:
+  explicit Search(const Encoding& encoding) {
     const int levels = encoding.by_magnitude ? 3 : 4;
-    upper[0] = 0.0f;
+    upper_[0] = 0.0f;
     for (int level = 0; level < levels; ++level) {
       for (int i = 0; i < 1 << level; ++i) {
         const float threshold = encoding.thresholds[((2 * i + 1) << (levels - 1 - level)) - 1];
-        (level < 3 ? upper[(1 << level) + i] : lower[i]) = threshold;
+        (level < 3 ? upper_[(1 << level) + i] : lower_[i]) = threshold;
       }
     }
     if (encoding.by_magnitude) {
-      for (int i = 0; i < 8; ++i) lower[i] = FloatFromBits(encoding.codes[i]);
+      for (int i = 0; i < 8; ++i) lower_[i] = FloatFromBits(encoding.codes[i]);
     }
   }
-};
 
-template <bool kByMagnitude>
-static inline Words Codes(const SearchTree& tree, Floats normalized) {
-  const Floats searched = kByMagnitude ? BitCast<Floats>(BitCast<Words>(normalized) & 0x7fffffff) : normalized;
-  Words node = 2 + ((searched > tree.upper[1]) & 1);
-  node += node + ((searched > Pick(tree.upper, node)) & 1);
-  node += node + ((searched > Pick(tree.upper, node)) & 1);
-  if constexpr (kByMagnitude) return BitCast<Words>(Pick(tree.lower, node)) | ((normalized < 0.0f) & 8);
-  node += node + ((searched > Pick(tree.lower, node)) & 1);
-  return node & 15;
-}
+  template <bool kByMagnitude>
+  Words Codes(Floats normalized) const {
+    const Floats searched = kByMagnitude ? BitCast<Floats>(BitCast<Words>(normalized) & 0x7fffffff) : normalized;
+    Words node = 2 + ((searched > upper_[1]) & 1);
+    node += node + ((searched > Pick(upper_, node)) & 1);
+    node += node + ((searched > Pick(upper_, node)) & 1);
+    if constexpr (kByMagnitude) return BitCast<Words>(Pick(lower_, node)) | ((normalized < 0.0f) & 8);
+    node += node + ((searched > Pick(lower_, node)) & 1);
+    return node & 15;
+  }
+
+ private:
+  alignas(32) float upper_[8];  // nodes 1 to 7
+  alignas(32) float lower_[8];  // nodes 8 to 15; by magnitude, the codes of 3 bits, as they stand in a float
+};
+#else
+// By comparing with each threshold.
+class Search {
+ public:
+  explicit Search(const Encoding& encoding) : encoding_(encoding) {}
+
+  template <bool kByMagnitude>
+  Words Codes(Floats normalized) const {
+    if constexpr (!kByMagnitude) {
+      Words codes = {};
+      for (int i = 0; i < 15; ++i) codes -= normalized > encoding_.thresholds[i];
+      return codes;
+    } else {
+      const Floats magnitudes = BitCast<Floats>(BitCast<Words>(normalized) & 0x7fffffff);
+      Words codes = Words{} + encoding_.codes[0];
+      for (int i = 0; i < 7; ++i) {
+        codes += (magnitudes > encoding_.thresholds[i]) & (encoding_.codes[i + 1] - encoding_.codes[i]);
+      }
+      return codes | ((normalized < 0.0f) & 8);
+    }
+  }
+
+ private:
+  const Encoding encoding_;
+};
+#endif
 
 // So far ahead, perhaps past the end, elements are called for: without it most of the time is spent waiting for them.
 constexpr int64_t kPrefetchBytes = 4096;
 
 // One whole block.
 template <Elements kKind, bool kByMagnitude>
-static inline void EncodeBlock(const SearchTree& tree, const char* source, int64_t block, uint8_t* packed,
+static inline void EncodeBlock(const Search& search, const char* source, int64_t block, uint8_t* packed,
                                float* absmax) {
   for (int64_t i = 0; i < block * BytesOf(kKind); i += 64) __builtin_prefetch(source + i + kPrefetchBytes);
   *absmax = LargestMagnitude<kKind>(source, block);
   const float reciprocal = Reciprocal(*absmax);
   for (int64_t i = 0; i < block; i += kLanes) {
     const Floats normalized = LoadFloats<kKind>(source + i * BytesOf(kKind)) * reciprocal;
-    PackCodes(Codes<kByMagnitude>(tree, normalized), packed + i / 2);
+    PackCodes(search.Codes<kByMagnitude>(normalized), packed + i / 2);
   }
 }
 
 template <Elements kKind, bool kByMagnitude>
 static void EncodeAs(const Encoding& encoding, const char* source, int64_t count, int block_shift, uint8_t* packed,
                      float* absmax) {
-  const SearchTree tree(encoding);  // local, so that no store can change it and it stays in registers
+  const Search search(encoding);  // local, so that no store can change it and it stays in registers
   const int64_t block = int64_t{1} << block_shift;
   for (; count >= block; count -= block) {
-    EncodeBlock<kKind, kByMagnitude>(tree, source, block, packed, absmax);
+    EncodeBlock<kKind, kByMagnitude>(search, source, block, packed, absmax);
     source += block * BytesOf(kKind);
     packed += block / 2;
     ++absmax;
@@ -168,7 +199,7 @@ static void EncodeAs(const Encoding& encoding, const char* source, int64_t count
   uint8_t codes[kMaxBlock / 2];
   __builtin_memset(rest, 0, block * BytesOf(kKind));
   __builtin_memcpy(rest, source, count * BytesOf(kKind));
-  EncodeBlock<kKind, kByMagnitude>(tree, rest, block, codes, absmax);
+  EncodeBlock<kKind, kByMagnitude>(search, rest, block, codes, absmax);
   __builtin_memcpy(packed, codes, (count + 1) / 2);
 }
 
@@ -184,7 +215,7 @@ static inline Floats LoadFirst(const char* source, int64_t width) {
 // A block of each of `width` <= kLanes columns, one column a lane, of a matrix whose rows are `stride` bytes apart.
 // Results for two columns are `packed_stride` bytes and `absmax_stride` scales apart.
 template <Elements kKind, bool kByMagnitude>
-static inline void EncodeColumnBlocks(const SearchTree& tree, const char* source, int64_t stride, int64_t width,
+static inline void EncodeColumnBlocks(const Search& search, const char* source, int64_t stride, int64_t width,
                                       int64_t block, uint8_t* packed, int64_t packed_stride, float* absmax,
                                       int64_t absmax_stride) {
   Words largest = {};
@@ -202,7 +233,7 @@ static inline void EncodeColumnBlocks(const SearchTree& tree, const char* source
     Words word = {};
     for (int j = 0; j < kCodesPerWord; ++j) {
       const Floats normalized = LoadFirst<kKind>(source + (i + j) * stride, width) * reciprocals;
-      word |= Codes<kByMagnitude>(tree, normalized) << (4 * (j ^ 1));  // the first of two in the high nibble
+      word |= search.Codes<kByMagnitude>(normalized) << (4 * (j ^ 1));  // the first of two in the high nibble
     }
     __builtin_memcpy(words[i / kCodesPerWord], &word, sizeof word);
   }
@@ -217,14 +248,14 @@ static inline void EncodeColumnBlocks(const SearchTree& tree, const char* source
 template <Elements kKind, bool kByMagnitude>
 static void EncodeColumnsAs(const Encoding& encoding, const char* source, int64_t stride, int64_t rows,
                             int64_t columns, int block_shift, uint8_t* packed, float* absmax) {
-  const SearchTree tree(encoding);
+  const Search search(encoding);
   const int64_t block = int64_t{1} << block_shift;
   const int64_t packed_stride = rows / 2, absmax_stride = rows >> block_shift;
   for (int64_t row = 0; row < rows; row += block) {
     for (int64_t column = 0; column < columns; column += kLanes) {
       const int64_t width = columns - column < kLanes ? columns - column : kLanes;
       const int64_t block_index = row >> block_shift;
-      EncodeColumnBlocks<kKind, kByMagnitude>(tree, source + row * stride + column * BytesOf(kKind), stride, width,
+      EncodeColumnBlocks<kKind, kByMagnitude>(search, source + row * stride + column * BytesOf(kKind), stride, width,
                                               block, packed + column * packed_stride + row / 2, packed_stride,
                                               absmax + column * absmax_stride + block_index, absmax_stride);
     }

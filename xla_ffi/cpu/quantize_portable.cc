@@ -17,12 +17,6 @@ static inline void PackCodes(Words codes, uint8_t* packed) {
   packed[1] = static_cast<uint8_t>(codes[2] << 4 | codes[3]);
 }
 
-typedef float Picked __attribute__((vector_size(4 * kLanes)));
-
-static inline Picked Pick(const float* table, Words indices) {
-  return Picked{table[indices[0] & 7], table[indices[1] & 7], table[indices[2] & 7], table[indices[3] & 7]};
-}
-
 }  // namespace qlora_jax::quantize_portable
 
 #include "quantize_kernels.h"
