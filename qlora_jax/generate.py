@@ -5,14 +5,12 @@ The answer alone goes to stdout, everything else to stderr.
 
 import argparse
 import dataclasses
-import difflib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_jax.errors import UserError
-from qlora_jax.training.commands import command_line
 from qlora_jax.training.console import prepare_console, report_fault, report_mistakes
 from qlora_jax.training.options import OptionParser
 
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
     from qlora_jax.models.llama import Llama
     from qlora_jax.training.config import TrainConfig
 
-_DEMO_NAME = "smollm2-demo"
 _EXAMPLES = """\
 examples:
   python -m qlora_jax.generate --run runs/finetune --prompt "What does os.path.join do?"
@@ -145,8 +142,9 @@ class _Source:
 def _find(options: argparse.Namespace) -> _Source:
     """Looks up the run; loads nothing."""
     from qlora_jax.training.config import TrainConfig
+    from qlora_jax.training.finished import finished_adapter, read_run
 
-    config = TrainConfig.model_validate({}) if options.run is None else _read_run(Path(options.run))
+    config = TrainConfig.model_validate({}) if options.run is None else read_run(Path(options.run))
     adapter = None if options.adapter is None else Path(options.adapter)
     if adapter is not None and not (adapter / "adapter_config.json").is_file():
         raise UserError(
@@ -155,42 +153,8 @@ def _find(options: argparse.Namespace) -> _Source:
             fix="--adapter RUN/adapter",
         )
     if adapter is None and options.run is not None and not options.base:
-        adapter = Path(options.run) / "adapter"
-        if not (adapter / "adapter_config.json").is_file():
-            raise UserError(
-                f"the run {options.run} has no adapter yet",
-                why=f"{adapter} is written when training ends",
-                fix=f"{command_line('train', f'output_dir={options.run}', 'resume=true')}   to finish it, or --base to "
-                "ask the model as it was before",
-            )
+        adapter = finished_adapter(Path(options.run), otherwise="--base to ask the model as it was before")
     return _Source(options.model or config.model.path, adapter, config)
-
-
-def _read_run(folder: Path) -> "TrainConfig":
-    """The configuration of a run.
-
-    Raises:
-      UserError: no such folder (with the nearest run beside it), no run in it, or a config.yaml that is none.
-    """
-    import yaml
-    from pydantic import ValidationError
-
-    from qlora_jax.training.config import TrainConfig
-
-    file = folder / "config.yaml"
-    if not file.is_file():
-        beside = [path.parent.name for path in folder.parent.glob("*/config.yaml")] if folder.parent.is_dir() else []
-        close = difflib.get_close_matches(folder.name, beside, n=1, cutoff=0.4)
-        raise UserError(
-            f"no run at {folder}",
-            why=f"{file} does not exist" if folder.exists() else "there is no such folder",
-            fix=f"did you mean --run {folder.parent / close[0]}?" if close else "--run FOLDER, as training printed it",
-        )
-    try:
-        return TrainConfig.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else " ".join(str(error).split())
-        raise UserError(f"{file} is not the configuration of a run", why=first) from error
 
 
 def _load(source: _Source, options: argparse.Namespace) -> Callable[[_Turns], str]:
@@ -200,10 +164,11 @@ def _load(source: _Source, options: argparse.Namespace) -> Callable[[_Turns], st
     from qlora_jax.data.formats import Message
     from qlora_jax.data.rendering import Renderer
     from qlora_jax.models.loading import load_model
+    from qlora_jax.training.finished import base_model
     from qlora_jax.training.meter import Meter
 
     config = source.config
-    path = _base_model(source.model)
+    path = base_model(source.model, _say)
     _say(f"loading {path}" + (f" with the adapter {source.adapter}" if source.adapter else ""))
     checkpoint = open_checkpoint(path)
     renderer = Renderer(checkpoint.tokenizer(), options.template or config.data.template)
@@ -244,16 +209,6 @@ def _reply(model: "Llama", renderer: "Renderer", messages: "list[Message]", opti
         cut = f"--max-new-tokens {limit}" if limit == options.max_new_tokens else "the end of the model's positions"
         _say(f"(the answer was cut at {cut})")
     return str(renderer.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-
-
-def _base_model(path: str | None) -> str:
-    """The model's path; the demo's is fetched where it is not in its place (another machine, an emptied cache)."""
-    from qlora_jax.training import demo
-
-    name = Path(demo.MODEL_MEMBER).name
-    if path is None or path == _DEMO_NAME or (Path(path).name == name and not Path(path).exists()):
-        return str(demo.fetch_demo_model(_say))
-    return path
 
 
 def _say(text: str) -> None:

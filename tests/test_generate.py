@@ -201,12 +201,12 @@ def test_help_names_every_option_and_imports_no_jax() -> None:
 
 
 def test_the_demos_model_is_fetched_where_its_path_is_gone(monkeypatch, tmp_path: Path) -> None:
-    from qlora_jax.training import demo
+    from qlora_jax.training import demo, finished
 
     monkeypatch.setattr(demo, "fetch_demo_model", lambda say: tmp_path / "fetched.gguf")
     gone = tmp_path / "cache" / Path(demo.MODEL_MEMBER).name
     for path in (None, "smollm2-demo", str(gone)):
-        assert door._base_model(path) == str(tmp_path / "fetched.gguf")
-    assert door._base_model(str(tmp_path / "other.gguf")) == str(tmp_path / "other.gguf")
+        assert finished.base_model(path, print) == str(tmp_path / "fetched.gguf")
+    assert finished.base_model(str(tmp_path / "other.gguf"), print) == str(tmp_path / "other.gguf")
     with pytest.raises(UserError):
         door.parse(["--prompt", "x"])

@@ -43,9 +43,7 @@ def copy_companions(checkpoint: Checkpoint, folder: Path) -> list[str]:
       What is missing, in words; nothing where there is nothing to miss.
     """
     if checkpoint.path.is_dir():
-        for pattern in _FILES:
-            for file in checkpoint.path.glob(pattern):
-                shutil.copyfile(file, folder / file.name)
+        copy_files(checkpoint.path, folder)
         missing = [] if any(folder.glob("tokenizer*")) or (folder / "vocab.json").is_file() else ["tokenizer"]
         return missing if (folder / "generation_config.json").is_file() else [*missing, "generation_config.json"]
     try:
@@ -59,3 +57,10 @@ def copy_companions(checkpoint: Checkpoint, folder: Path) -> list[str]:
     }
     (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
     return []
+
+
+def copy_files(source: Path, folder: Path) -> None:
+    """Copies what goes with weights or an adapter, from a folder into another; what is there already is replaced."""
+    for pattern in _FILES:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, folder / file.name)

@@ -1,15 +1,16 @@
-"""From a checkpoint in 16 bits to a folder in bitsandbytes' 4 bits, one weight at a time."""
+"""From a checkpoint to a folder, one weight at a time: in bitsandbytes' 4 bits, or dense."""
 
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from qlora_jax.checkpoints.atomic import whole_folder
-from qlora_jax.checkpoints.bitsandbytes import Form
+from qlora_jax.checkpoints.bitsandbytes import BitsandbytesCheckpoint, Form
 from qlora_jax.checkpoints.bitsandbytes_writer import (
     SHARD_BYTES,
     packed_specs,
@@ -19,9 +20,12 @@ from qlora_jax.checkpoints.bitsandbytes_writer import (
 from qlora_jax.checkpoints.companions import config_of, copy_companions, write_config
 from qlora_jax.checkpoints.source import Checkpoint
 from qlora_jax.checkpoints.tensorfile import not_finite
-from qlora_jax.checkpoints.tensorwriter import TensorSpec, write_shards
+from qlora_jax.checkpoints.tensorwriter import Group, TensorSpec, write_shards
 from qlora_jax.nf4.streaming import quantize_rows
-from qlora_jax.nf4.tensor import leaf_shapes
+from qlora_jax.nf4.tensor import NF4Tensor, leaf_shapes
+
+# (bytes written, bytes in all)
+Progress = Callable[[int, int], None]
 
 _LAYER_WEIGHT = re.compile(r"(?:.*\.)?layers\.\d+\..+\.weight")
 # Of dense tensors so much is looked at at a time.
@@ -35,7 +39,7 @@ class Converted:
     Attributes:
       files: of weights.
       nbytes: of tensors.
-      linear_bits: bits for each weight of the linears, their scales counted in.
+      linear_bits: bits for each weight of the linears, scales counted in; 0 where they are dense.
       missing: what else a folder usually has and this one does not, in words.
     """
 
@@ -58,7 +62,8 @@ def convert(
     block_size: int = 64,
     double_quant: bool = True,
     shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    also: Callable[[Path], None] | None = None,
 ) -> Converted:
     """Quantizes a checkpoint into a folder that transformers, vLLM, bitsandbytes and `load_model` read.
 
@@ -66,60 +71,125 @@ def convert(
     other, so that host memory holds two of them at most. The folder appears whole or not at all.
 
     Args:
-      checkpoint: a model whose linears are in 16 or 32 bits.
+      checkpoint: a model; of one in bitsandbytes' 4 bits the bytes are written as they are, and the next three
+        arguments do not count.
       folder: where to; see `check_unused`.
       quant_type: "nf4" or "fp4", which are bitsandbytes'.
       block_size, double_quant: see quantize.
       shard_bytes: largest size of a file.
       progress: called as `progress(bytes written, bytes in all)` after each weight.
+      also: called with the filled folder before it takes its place, to add files of its own.
 
     Raises:
       UserError: a value that is not finite, too little room on the disk, or a path that is a file.
     """
-    names, linears = checkpoint.names(), set(block_linears(checkpoint))
-    forms = {}
+    names, linears = checkpoint.names(), block_linears(checkpoint)
+    stored = isinstance(checkpoint, BitsandbytesCheckpoint)
+    forms: dict[str, Form] = {}
     for name in linears:
         dtype = checkpoint.dtype(name).name
         kept = "bfloat16" if dtype == "float32" else dtype
         out_features, in_features = checkpoint.shape(name)
-        forms[name] = Form((out_features, in_features), quant_type, block_size, kept, double_quant)
-    groups = [
-        packed_specs(name, forms[name])
-        if name in forms
-        else [TensorSpec(name, tuple(checkpoint.shape(name)), checkpoint.dtype(name).name)]
-        for name in names
-    ]
+        own = checkpoint.form(name) if isinstance(checkpoint, BitsandbytesCheckpoint) else None
+        if own is not None or not stored:
+            forms[name] = own or Form((out_features, in_features), quant_type, block_size, kept, double_quant)
 
-    def make(index: int) -> dict[str, np.ndarray]:
-        name = names[index]
+    def packed(name: str) -> NF4Tensor:
+        if isinstance(checkpoint, BitsandbytesCheckpoint):
+            return checkpoint.read_packed(name)
         value = checkpoint.read(name)
-        if name not in forms:
-            check_finite(checkpoint, name, value)
-            return {name: value}
         w, finite = quantize_rows(value, quant_type=quant_type, block_size=block_size, double_quant=double_quant)
         if not finite:
             raise not_finite(name, checkpoint.path)
-        return packed_tensors(name, w)
+        return w
 
+    def make(index: int) -> dict[str, np.ndarray]:
+        name = names[index]
+        return packed_tensors(name, packed(name)) if name in forms else {name: _finite(checkpoint, name)}
+
+    groups = [packed_specs(name, forms[name]) if name in forms else [_spec(checkpoint, name)] for name in names]
+    skipped = sorted({name.split(".")[-2] for name in linears if name not in forms})
+    config = config_of(checkpoint) | {"quantization_config": quantization_config(next(iter(forms.values())), skipped)}
+    leaves = [leaf_shapes(form.shape[::-1], form.block_size, form.double_quant).values() for form in forms.values()]
+    size = sum(math.prod(shape) * dtype.itemsize for shapes in leaves for shape, dtype in shapes)
+    bits = 8 * size / sum(math.prod(form.shape) for form in forms.values())
+    return _write(checkpoint, folder, groups, make, config, shard_bytes, progress, also, linear_bits=bits)
+
+
+def write_dense(
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+    also: Callable[[Path], None] | None = None,
+) -> Converted:
+    """Writes a checkpoint's tensors as `read` gives them, into a folder that transformers and `load_model` read.
+
+    Args:
+      checkpoint: a model.
+      folder: where to; see `check_unused`.
+      shard_bytes: largest size of a file.
+      progress: called as `progress(bytes written, bytes in all)` after each tensor.
+      also: see `convert`.
+
+    Raises:
+      UserError: a value that is not finite, too little room on the disk, or a path that is a file.
+    """
+    names = checkpoint.names()
+    config = config_of(checkpoint)
+    dtypes = {checkpoint.dtype(name).name for name in block_linears(checkpoint)}
+    for key in ("torch_dtype", "dtype"):
+        if key in config and len(dtypes) == 1:
+            config[key] = min(dtypes)
+    return _write(
+        checkpoint,
+        folder,
+        [[_spec(checkpoint, name)] for name in names],
+        lambda index: {names[index]: _finite(checkpoint, names[index])},
+        config,
+        shard_bytes,
+        progress,
+        also,
+        linear_bits=0.0,
+    )
+
+
+def _write(
+    checkpoint: Checkpoint,
+    folder: Path,
+    groups: Sequence[Group],
+    make: Callable[[int], Mapping[str, np.ndarray]],
+    config: dict[str, Any],
+    shard_bytes: int,
+    progress: Progress | None,
+    also: Callable[[Path], None] | None,
+    *,
+    linear_bits: float,
+) -> Converted:
     with whole_folder(folder) as filled:
         missing = copy_companions(checkpoint, filled)  # first: what it may refuse costs no time then
-        files = write_shards(filled, groups, make, shard_bytes=shard_bytes, progress=progress)
-        config = config_of(checkpoint)
-        config["quantization_config"] = quantization_config(next(iter(forms.values())))
         write_config(filled, config)
-    leaves = [leaf_shapes(form.shape[::-1], block_size, double_quant).values() for form in forms.values()]
-    packed = sum(math.prod(shape) * dtype.itemsize for shapes in leaves for shape, dtype in shapes)
+        files = write_shards(filled, groups, make, shard_bytes=shard_bytes, progress=progress)
+        if also is not None:
+            also(filled)
     return Converted(
         files=tuple(folder / file.name for file in files),
         nbytes=sum(spec.nbytes for group in groups for spec in group),
-        linear_bits=8 * packed / sum(math.prod(form.shape) for form in forms.values()),
+        linear_bits=linear_bits,
         missing=tuple(missing),
     )
 
 
-def check_finite(checkpoint: Checkpoint, name: str, value: np.ndarray) -> None:
-    """Raises UserError where a dense tensor has values that are NaN or infinite."""
+def _spec(checkpoint: Checkpoint, name: str) -> TensorSpec:
+    return TensorSpec(name, tuple(checkpoint.shape(name)), checkpoint.dtype(name).name)
+
+
+def _finite(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    """A dense tensor. UserError: it has values that are NaN or infinite."""
+    value = checkpoint.read(name)
     flat = value.reshape(-1)
     for start in range(0, flat.size, _CHUNK):
         if not np.isfinite(flat[start : start + _CHUNK]).all():
             raise not_finite(name, checkpoint.path)
+    return value

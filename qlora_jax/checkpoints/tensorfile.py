@@ -59,11 +59,20 @@ def read_header(file: Path, also: Collection[str] = ()) -> dict[str, StoredTenso
 
 def _starts(file: Path) -> dict[str, int]:
     """The byte at which each tensor begins, of a file that safetensors has opened without complaint."""
+    header, start = _header(file)
+    header.pop("__metadata__", None)
+    return {name: start + entry["data_offsets"][0] for name, entry in header.items()}
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
+        return json.loads(stream.read(length)), 8 + length
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file says of itself; of one that `read_header` has taken."""
+    return _header(file)[0].get("__metadata__") or {}
 
 
 def read_tensor(tensor: StoredTensor) -> np.ndarray:

@@ -6,12 +6,13 @@ from qlora_jax.nn.lora import lora_a_init
 from qlora_jax.nn.report import QuantizeReport, Swap
 from qlora_jax.nn.scan import scan_layers, scan_layers_with
 from qlora_jax.nn.surgery import quantize_model
-from qlora_jax.nn.variables import FrozenParam, NF4Param
+from qlora_jax.nn.variables import FrozenParam, NF4Param, ReplacedParam
 
 __all__ = [
     "FrozenParam",
     "NF4Param",
     "QuantizeReport",
+    "ReplacedParam",
     "Swap",
     "add_lora",
     "lora_a_init",

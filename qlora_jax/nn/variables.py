@@ -4,9 +4,10 @@
 |---|---|---|
 | 4-bit weight | NF4Param, holds an NF4Tensor | never |
 | dense array of a base model: bias, norm, embedding, 16-bit kernel | FrozenParam | never |
+| dense array that came with an adapter in the base's place | ReplacedParam | never |
 | adapter | nnx.LoRAParam, float32 | yes |
 
-Neither frozen kind is an `nnx.Param`: `wrt=nnx.Param` then never reaches integer leaves.
+No frozen kind is an `nnx.Param`: `wrt=nnx.Param` then never reaches integer leaves.
 """
 
 from flax import nnx
@@ -18,3 +19,9 @@ class NF4Param(nnx.Variable):
 
 class FrozenParam(nnx.Variable):
     """A frozen dense array of a base model."""
+
+
+class ReplacedParam(FrozenParam):
+    """A frozen dense array that an adapter brought in place of the base's own (PEFT's modules_to_save), and that goes
+    with the adapter where it is saved.
+    """

@@ -39,10 +39,12 @@ class OptionParser(argparse.ArgumentParser):
         return self.parse_args(self._normalized(arguments))
 
     def error(self, message: str) -> NoReturn:
-        usage = " ".join(self.format_usage().removeprefix("usage: ").split()[:3])
-        places = " ".join(str(action.metavar) for action in self._places())
+        needed = [str(action.metavar) for action in self._places()]
+        for action in self._actions:
+            if action.option_strings and action.required:
+                needed += [action.option_strings[0], "|".join(action.choices or [str(action.metavar)])]
         missing = message.startswith("the following arguments are required")
-        raise UserError(message, fix=f"{usage} {places} ..." if missing and places else self._help)
+        raise UserError(message, fix=" ".join([self.prog, *needed]) if missing else self._help)
 
     def _places(self) -> list[argparse.Action]:
         return [action for action in self._actions if not action.option_strings]

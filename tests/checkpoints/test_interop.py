@@ -1,5 +1,6 @@
 """Our files in torch, transformers and PEFT, and theirs here."""
 
+import shutil
 import warnings
 
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from gguf import GGMLQuantizationType as Q
 
 from qlora_jax.checkpoints import open_checkpoint
 from qlora_jax.checkpoints.bitsandbytes_writer import save_bitsandbytes
-from qlora_jax.checkpoints.conversion import convert
+from qlora_jax.checkpoints.conversion import convert, write_dense
+from qlora_jax.checkpoints.merging import MergedCheckpoint, adapter_for
 from qlora_jax.checkpoints.peft import load_adapter, save_adapter
 from qlora_jax.models.config import BLOCK_LINEARS
 from qlora_jax.models.loading import load_model
@@ -255,3 +257,76 @@ def test_a_converted_folder_in_transformers_gives_our_logits(golden_dir, tmp_pat
             rounded = theirs.train()(torch.tensor(IDS, dtype=torch.long)).logits.float().numpy()
         # Activations in 16 bits; tests/golden/README.md has the distances.
         np.testing.assert_allclose(rounded, torch_logits(dense, torch), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["adapter_default", "adapter_all_linear", "adapter_mts"])
+def test_every_adapter_that_peft_wrote_here_and_back(golden_dir, tmp_path, torch, name):
+    """The fixtures on the base that they were made for, B and a replaced head made to matter; then ours, in PEFT."""
+    from peft import PeftModel
+    from safetensors.numpy import load_file, save_file
+
+    source, folder = golden_dir / "interop" / "tiny_llama_bnb4", tmp_path / "adapter"
+    shutil.copytree(golden_dir / "interop" / name, folder)
+    tensors, rng = load_file(folder / "adapter_model.safetensors"), np.random.default_rng(4)
+    for key, value in tensors.items():
+        if "lora_A" not in key:
+            tensors[key] = value + rng.normal(size=value.shape, scale=0.1).astype(np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    dense = golden_dir / "interop" / "tiny_llama_bf16"
+    model = load_model(source, dtype=jnp.float32)
+    theirs = PeftModel.from_pretrained(write_dequantized(model, dense, torch), str(folder))
+    plain, ours = np.asarray(model(jnp.asarray(IDS))), np.asarray(load_adapter(model, folder)(jnp.asarray(IDS)))
+    assert np.abs(ours - plain).max() > 0.1
+    np.testing.assert_allclose(ours, torch_logits(theirs, torch), atol=1e-3, rtol=0)
+    save_adapter(model, tmp_path / "again", base_model=str(source), base_sha256="ab")
+    again = PeftModel.from_pretrained(write_dequantized(model, dense, torch), str(tmp_path / "again"))
+    np.testing.assert_allclose(ours, torch_logits(again, torch), atol=1e-3, rtol=0)
+
+
+def test_patterns_single_layers_and_a_saved_head_both_ways(golden_dir, tmp_path, torch):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    source = golden_dir / "interop" / "tiny_llama_bf16"
+    model = load_model(source, dtype=jnp.float32)
+    torch.manual_seed(5)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        use_rslora=True,
+        target_modules=["q_proj", "v_proj", "up_proj", "down_proj"],
+        exclude_modules=["model.layers.0.mlp.up_proj"],
+        rank_pattern={"layers.1.self_attn.q_proj": 2, "down_proj": 3},
+        alpha_pattern={"v_proj": 11, "model.layers.0.self_attn.q_proj": 3},
+        modules_to_save=["lm_head"],
+        task_type="CAUSAL_LM",
+    )
+    theirs = get_peft_model(write_dequantized(model, source, torch), config)
+    for name, value in theirs.named_parameters():
+        if "lora_B" in name or ("modules_to_save" in name and "lm_head" in name):
+            torch.nn.init.normal_(value, std=0.1)
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = np.asarray(load_adapter(model, tmp_path / "adapter")(jnp.asarray(IDS)))
+    np.testing.assert_allclose(ours, torch_logits(theirs, torch), atol=1e-3, rtol=0)
+    save_adapter(model, tmp_path / "again", base_model=str(source), base_sha256="ab")
+    reference = write_dequantized(model, source, torch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again = PeftModel.from_pretrained(reference, str(tmp_path / "again"))
+    np.testing.assert_allclose(ours, torch_logits(again, torch), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("quantized", [None, {"quant_type": "nf4", "block_size": 64, "double_quant": True}])
+def test_a_merged_folder_in_transformers_gives_our_logits(golden_dir, tmp_path, torch, quantized):
+    """In shards; what transformers loads computes what our model with its adapter does."""
+    from transformers import AutoModelForCausalLM
+
+    interop = golden_dir / "interop"
+    checkpoint = open_checkpoint(interop / "tiny_llama_bf16")
+    adapter = adapter_for(checkpoint, interop / "adapter_all_linear")
+    merged = MergedCheckpoint(checkpoint, adapter, quantized=quantized, dtype="float32")
+    assert len(write_dense(merged, tmp_path / "out", shard_bytes=300_000).files) > 1
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert theirs.dtype == torch.float32
+    model = load_model(checkpoint, **(quantized or {"quant_type": None}), dtype=jnp.float32)
+    ours = np.asarray(load_adapter(model, interop / "adapter_all_linear")(jnp.asarray(IDS)))
+    np.testing.assert_allclose(ours, torch_logits(theirs, torch), atol=1e-4, rtol=0)

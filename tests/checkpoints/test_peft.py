@@ -206,7 +206,8 @@ def test_what_cannot_be_saved(tmp_path):
     model = plain_model("q_proj")
     add_lora(model.layers[0].q_proj, rank=2, rngs=nnx.Rngs(0))
     add_lora(model.layers[1].q_proj, rank=4, rngs=nnx.Rngs(0))
-    with pytest.raises(UserError, match=r"adapters differ in \(rank, alpha, dropout\)"):
+    model.layers[0].q_proj.dropout = 0.1
+    with pytest.raises(UserError, match=r"adapters differ in dropout: \[0.0, 0.1\]"):
         save(model, tmp_path / "a")
     model = add_lora(plain_model("q_proj"), rank=2, rngs=nnx.Rngs(0))
     (tmp_path / "file").write_text("")
@@ -221,6 +222,117 @@ def test_what_cannot_be_saved(tmp_path):
     stray = Group(blocks=nf4_dense.from_kernel(jnp.ones((3, 64, 8)), rank=2, rngs=nnx.Rngs(0)))
     with pytest.raises(UserError, match="stack of layers at blocks"):
         save(stray, tmp_path / "a")
+
+
+def peft_folder(folder, config, linears, *, seed=3, more=None):
+    """What PEFT writes: random factors for each module, of its rank."""
+    rng, tensors = np.random.default_rng(seed), dict(more or {})
+    for name, rank in linears.items():
+        part, leaf = name.split(".")[-2:]
+        in_features, out_features = SHAPES[part][leaf]
+        tensors[f"base_model.model.{name}.lora_A.weight"] = rng.normal(size=(rank, in_features)).astype(np.float32)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = rng.normal(size=(out_features, rank)).astype(np.float32)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
+    return tensors
+
+
+def updates(tensors, scalings):
+    """scaling * B A of each module, float64."""
+    return {
+        name: scaling
+        * tensors[f"base_model.model.{name}.lora_B.weight"].astype(np.float64)
+        @ tensors[f"base_model.model.{name}.lora_A.weight"].astype(np.float64)
+        for name, scaling in scalings.items()
+    }
+
+
+PATTERNS = {  # rank, alpha by module, for r=4, lora_alpha=8, rsLoRA
+    "model.layers.0.self_attn.q_proj": (2, 8),
+    "model.layers.1.self_attn.q_proj": (4, 5),
+    "model.layers.1.mlp.up_proj": (4, 8),
+    "model.layers.0.mlp.down_proj": (3, 8),
+    "model.layers.1.mlp.down_proj": (3, 8),
+}
+
+
+def test_patterns_single_layers_and_rslora_there_and_back(tmp_path):
+    """Modules that differ in rank and alpha, and layers that are left out, keep their own B A through a stack."""
+    config = {
+        "r": 4,
+        "lora_alpha": 8,
+        "use_rslora": True,
+        "target_modules": ["q_proj", "mlp.up_proj", "down_proj", "v_proj"],
+        "exclude_modules": ["model.layers.0.mlp.up_proj", "v_proj"],
+        "rank_pattern": {r"layers\.0\.self_attn\.q_proj": 2, "down_proj": 3},
+        "alpha_pattern": {"1.self_attn.q_proj": 5},
+    }
+    tensors = peft_folder(tmp_path / "a", config, {name: rank for name, (rank, _) in PATTERNS.items()})
+    wanted = updates(tensors, {n: alpha / math.sqrt(rank) for n, (rank, alpha) in PATTERNS.items()})
+    model = load_adapter(stacked_model(), tmp_path / "a")
+    assert (model.layers.self_attn.q_proj.rank, model.layers.mlp.down_proj.rank) == (4, 3)
+    assert model.layers.self_attn.v_proj.rank == 0
+    for name in ("up_proj", "down_proj"):
+        dense = getattr(model.layers.mlp, name)
+        for i in range(2):
+            found = dense.scaling * (dense.lora_a.get_value()[i] @ dense.lora_b.get_value()[i]).T
+            expected = wanted.get(f"model.layers.{i}.mlp.{name}", np.zeros(found.shape))
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    save(model, tmp_path / "b")
+    written = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    again = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    assert {key: value.shape for key, value in again.items()} == {key: value.shape for key, value in tensors.items()}
+    assert written["rank_pattern"]["model.layers.0.self_attn.q_proj"] == 2
+    assert written["target_modules"] == sorted(PATTERNS)  # up_proj of layer 0 is not among them
+    from qlora_jax.checkpoints.peft_reader import read_adapter
+
+    sizes = {
+        f"model.layers.{i}.{part}.{name}": shape[::-1]
+        for i in range(2)
+        for part, linears in SHAPES.items()
+        for name, shape in linears.items()
+    }
+    read = read_adapter(tmp_path / "b", sizes)
+    assert read.linears.keys() == wanted.keys()
+    for name, linear in read.linears.items():
+        found = linear.scaling * linear.b.astype(np.float64) @ linear.a.astype(np.float64)
+        np.testing.assert_allclose(found, wanted[name], rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_an_adapter_leaves_out_get_no_gradient(tmp_path):
+    config = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "layers_to_transform": 1}
+    peft_folder(tmp_path / "a", config, {"model.layers.1.self_attn.q_proj": 2})
+    dense = load_adapter(stacked_model(), tmp_path / "a").layers.self_attn.q_proj
+    graph, lora, rest = nnx.split(dense, nnx.LoRAParam, ...)
+
+    def loss(lora):
+        from qlora_jax.nn import scan_layers
+
+        return (scan_layers(nnx.merge(graph, lora, rest), jnp.ones((3, 128))) ** 2).sum()
+
+    for leaf in jax.tree.leaves(jax.grad(loss)(lora)):
+        assert not leaf[0].any()
+        assert leaf[1].any()
+
+
+def test_a_replaced_head_is_used_and_goes_with_the_adapter(golden_dir, tmp_path):
+    from qlora_jax.models.loading import load_model
+
+    interop, ids = golden_dir / "interop", jnp.arange(3, 19)[None]
+    head = np.random.default_rng(0).normal(size=(256, 128)).astype(np.float32)
+    more = {"base_model.model.lm_head.weight": head}
+    config = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    peft_folder(tmp_path / "a", config, {f"model.layers.{i}.self_attn.q_proj": 2 for i in range(2)}, more=more)
+    model = load_model(interop / "tiny_llama_bf16", dtype=jnp.float32)
+    states = np.asarray(load_adapter(model, tmp_path / "a").hidden(ids), np.float64)
+    np.testing.assert_allclose(model(ids), states @ head.T, rtol=1e-4, atol=1e-4)
+    save(model, tmp_path / "b")
+    again = load_adapter(load_model(interop / "tiny_llama_bf16", dtype=jnp.float32), tmp_path / "b")
+    np.testing.assert_array_equal(again(ids), model(ids))
+    assert {path[-1] for path in adapters(again)} == {"lora_a", "lora_b"}  # the head is frozen
+    written = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert written["modules_to_save"] == ["lm_head"]
 
 
 # ---- reading
@@ -303,7 +415,8 @@ def test_real_adapter_of_default_targets(golden_dir):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("dora", "use_dora"), ("mts", "modules_to_save"), ("emb", "adapts an embedding")]
+    ("name", "words"),
+    [("dora", "use_dora"), ("mts", "replaces lm_head.weight"), ("emb", "adapts an embedding")],
 )
 def test_real_adapters_of_other_kinds_are_refused(golden_dir, name, words):
     assert words in error(stacked_model(), golden_dir / "interop" / f"adapter_{name}")
@@ -367,15 +480,15 @@ def test_an_adapter_of_the_same_rank_is_filled_and_others_are_refused(saved):
     "changes",
     [
         {"use_dora": True},
-        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["norm"]},
         {"lora_bias": True},
         {"bias": "all"},
-        {"rank_pattern": {"q_proj": 8}},
-        {"alpha_pattern": {"q_proj": 8}},
-        {"layers_to_transform": 0},
+        {"rank_pattern": {"(q_proj": 8}},
+        {"alpha_pattern": {"(q_proj": 8}},
         {"init_lora_weights": "pissa"},
         {"peft_type": "LOHA"},
         {"r": 0},
+        {"lora_alpha": 0},
         {"target_modules": "(q_proj"},
     ],
     ids=lambda changes: next(iter(changes)),
@@ -385,7 +498,7 @@ def test_settings_that_would_give_other_outputs_are_refused(saved, changes):
 
 
 def test_several_problems_are_told_at_once(saved):
-    text = error(stacked_model(), saved(use_dora=True, bias="lora_only", modules_to_save=["lm_head"]))
+    text = error(stacked_model(), saved(use_dora=True, bias="lora_only", modules_to_save=["norm"]))
     assert all(word in text for word in ("use_dora", "bias=lora_only", "modules_to_save"))
 
 
@@ -395,9 +508,11 @@ def test_targets_that_the_model_lacks(saved):
     assert "q_proj" in text
     assert "v_proj.lora_A" in error(stacked_model(), saved(target_modules=["q_proj"]))  # left over
     assert "lacks" in error(stacked_model(), saved(target_modules=["q_proj", "v_proj", "k_proj"]))
-    assert "1 of 2 layers" in error(stacked_model(), saved(target_modules=["model.layers.0.self_attn.q_proj"]))
+    assert "model.layers.1." in error(stacked_model(), saved(layers_to_transform=[0]))  # left over
+    saved(layers_to_transform=None)
     assert "model.layers.2." in error(stacked_model(layers=3), saved(target_modules=["q_proj", "v_proj"]))
     assert "model.layers.1." in error(stacked_model(layers=1), saved())
+    assert "lm_head.weight" in error(stacked_model(), saved(modules_to_save=["lm_head"]))  # it has no head
 
 
 def rewrite(folder, change):
