@@ -121,10 +121,11 @@ def dry_run(job: Job) -> int:
     """Prints what the run would do. Writes nothing but the demo's model into the cache."""
     from qlora_jax.nf4.environment import check_environment
     from qlora_jax.training.preparation import marked_example, prepare
+    from qlora_jax.training.starting_adapter import with_adapter
 
     check_environment()
     with tempfile.TemporaryDirectory() as scratch:
-        config = with_model(job.config)
+        config = with_adapter(with_model(job.config))
         if job.builds_rows:
             config = with_rows(config, *demo.write_demo_rows(Path(scratch)))
         prepared = prepare(config)
@@ -140,10 +141,11 @@ def train(job: Job) -> int:
     from qlora_jax.nf4.environment import check_environment
     from qlora_jax.training.preparation import prepare
     from qlora_jax.training.progress import Progress
+    from qlora_jax.training.starting_adapter import with_adapter
 
     check_environment()
     progress = Progress(every=job.config.log.every)
-    folder, config = job.folder, with_model(job.config, progress.say)
+    folder, config = job.folder, with_adapter(with_model(job.config, progress.say))
     if config.resume and not folder.config_path.exists():
         progress.say(f"{folder.path} holds no run yet: starting at step 0")
         config = config.model_copy(update={"resume": False})

@@ -99,7 +99,7 @@ def save_adapter(
             tokenizer.save_pretrained(new)
 
 
-def load_adapter(model: M, folder: str | Path) -> M:
+def load_adapter(model: M, folder: str | Path, *, dropout: float | None = None) -> M:
     """Puts a PEFT adapter on a model, in place. Nothing is changed unless everything fits.
 
     Layers without an adapter get one; adapters of the same rank that are there already take its values. Whole weights
@@ -108,6 +108,7 @@ def load_adapter(model: M, folder: str | Path) -> M:
     Args:
       model: a model with nf4_dense layers, such as `load_model` returns.
       folder: an adapter folder, written by `save_adapter` or by PEFT (LoRA or rsLoRA on linear layers).
+      dropout: on the adapters' inputs, in calls with `rngs`; None: the adapter's own.
 
     Returns:
       `model`.
@@ -141,7 +142,7 @@ def load_adapter(model: M, folder: str | Path) -> M:
         if dense.rank == 0:
             zeros = nnx.initializers.zeros
             dense.attach_adapter(rank=rank, alpha=alpha, rngs=nnx.Rngs(0), a_init=zeros)
-        dense.alpha, dense.dropout = alpha, adapter.dropout
+        dense.alpha, dense.dropout = alpha, adapter.dropout if dropout is None else dropout
         for variable, value in zip(_variables(dense), (a, b), strict=True):
             before = variable.get_value()
             # An array not bound to its device stays so: it may meet arrays on others.

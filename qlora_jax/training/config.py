@@ -68,6 +68,11 @@ class QuantSection(Section):
 
 
 class LoraSection(Section):
+    adapter: str | None = Field(
+        None,
+        description="Go on from this adapter: a folder that a run, `export` or PEFT has written. Its rank, alpha and "
+        "layers are kept, its dropout unless lora.dropout is given. null: start a fresh one.",
+    )
     rank: Int = Field(
         16, ge=1, description="Rank of the adapters. Higher can learn more; memory and adapter file grow with it."
     )

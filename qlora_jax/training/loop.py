@@ -8,7 +8,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from qlora_jax.checkpoints.peft import save_adapter
+from qlora_jax.checkpoints.peft import load_adapter, save_adapter
 from qlora_jax.checkpoints.state import CheckpointStore
 from qlora_jax.models.loading import load_model
 from qlora_jax.training.config import TrainConfig
@@ -57,7 +57,7 @@ def run_training(
         model = load_model(
             checkpoint,
             **config.quant.load_arguments(),
-            rank=config.lora.rank,
+            rank=config.lora.rank if config.lora.adapter is None else 0,
             alpha=config.lora.alpha,
             dropout=config.lora.dropout,
             targets=config.lora.targets,
@@ -65,6 +65,8 @@ def run_training(
             seed=config.seed,
             progress=meter.show,
         )
+    if config.lora.adapter is not None:
+        load_adapter(model, config.lora.adapter, dropout=config.lora.dropout)
     session = Session(
         config,
         folder,

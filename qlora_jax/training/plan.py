@@ -73,6 +73,11 @@ def measure_model(checkpoint: "Checkpoint", config: TrainConfig) -> Sizes:
             why=f"its blocks' linears are {names}",
             fix=f"did you mean {near[0]}?" if near else "lora.targets=null   (all of them)",
         )
+    if config.lora.adapter is not None:
+        from qlora_jax.checkpoints.merging import adapter_for
+
+        adapter = adapter_for(checkpoint, Path(config.lora.adapter))
+        trained = sum(linear.a.size + linear.b.size for linear in adapter.linears.values())
     # Adapters and both moments of Adam are float32.
     return Sizes(parameters, trained, weight_bytes, adapter_bytes=4 * trained, optimizer_bytes=8 * trained)
 
@@ -135,6 +140,8 @@ def describe_plan(
         "steps": f"{counted} (batch_size {train.batch_size} x accumulation {train.accumulation}), {passes:.2g} epochs",
         "output": config.output_dir,
     }
+    if config.lora.adapter is not None:
+        lines["adapter"] = f"goes on from {config.lora.adapter}"
     beyond = sum(len(example.input_ids) > positions for example in dataset.train) if positions else 0
     if beyond:
         lines["caution"] = (

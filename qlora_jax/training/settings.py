@@ -28,7 +28,13 @@ CHANGEABLE_ON_RESUME = re.compile(r"resume|train\.steps|\w+\.every|log\..*|outpu
 
 # org/name, and nothing that looks like a path.
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(?<!\.gguf)(?<!\.safetensors)")
-_PLACEHOLDERS = {"model.path": "FOLDER_OR_GGUF", "data.path": "rows.jsonl", "data.eval_path": "held_out.jsonl"}
+_PLACEHOLDERS = {
+    "model.path": "FOLDER_OR_GGUF",
+    "data.path": "rows.jsonl",
+    "data.eval_path": "held_out.jsonl",
+    "lora.adapter": "RUN/adapter",
+}
+_KINDS = {"model.path": "a folder, a .gguf file or a hub name (org/name)", "lora.adapter": "an adapter's folder"}
 # What other finetuning tools call our keys: too far from ours for difflib.
 _ELSEWHERE = {
     "lr": "optim.learning_rate",
@@ -46,6 +52,8 @@ _ELSEWHERE = {
     "base_model": "model.path",
     "dataset": "data.path",
     "target_modules": "lora.targets",
+    "adapter_name_or_path": "lora.adapter",
+    "lora_model_dir": "lora.adapter",
 }
 
 
@@ -194,12 +202,13 @@ def resume_settings(settings: Mapping[str, Setting], stored: Mapping[str, Settin
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """Local paths made absolute, so that the run can be resumed from anywhere; hub names stay."""
-    values = config.model_dump()
-    for section, key in (("model", "path"), ("data", "path"), ("data", "eval_path")):
-        path = values[section][key]
+    for name in _PLACEHOLDERS:
+        section, key = name.split(".")
+        path = getattr(getattr(config, section), key)
         if path is not None and os.path.exists(os.path.expanduser(path)):
-            values[section][key] = os.path.abspath(os.path.expanduser(path))
-    return TrainConfig.model_validate(values)
+            absolute = getattr(config, section).model_copy(update={key: os.path.abspath(os.path.expanduser(path))})
+            config = config.model_copy(update={section: absolute})
+    return config
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:
@@ -346,13 +355,13 @@ def _describe(error: ValidationError, given: Mapping[str, Setting]) -> Iterable[
 
 
 def _missing_files(given: Mapping[str, Setting]) -> Iterator[UserError]:
-    for key in ("model.path", "data.path", "data.eval_path"):
+    for key in _PLACEHOLDERS:
         path = given[key].value if key in given else None
         if not isinstance(path, str) or os.path.exists(os.path.expanduser(path)):
             continue
         if key == "model.path" and _HUB_NAME.fullmatch(path):
             continue
-        what = "a folder, a .gguf file or a hub name (org/name)" if key == "model.path" else "a file"
+        what = _KINDS.get(key, "a file")
         folder = next(place for place in Path(path).expanduser().absolute().parents if place.is_dir())
         near = difflib.get_close_matches(Path(path).name, os.listdir(folder), n=1)
         why = f"it must be {what}" + ("" if Path(path).name == path else f"; {folder} is the last folder on its way")
@@ -375,7 +384,7 @@ def _flatten(values: Mapping[Any, Any]) -> dict[str, Any]:
 
 def _comparable(key: str, value: Any) -> Any:
     """Paths are the same run's when they lead to the same place."""
-    if not key.endswith("path") or value is None:
+    if key not in _PLACEHOLDERS or value is None:
         return value
     path = os.path.expanduser(value)
     return os.path.realpath(path) if os.path.exists(path) else value

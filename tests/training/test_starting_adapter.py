@@ -1,0 +1,74 @@
+"""Training that goes on from an adapter made elsewhere."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from qlora_jax import train as door
+from qlora_jax.errors import UserError
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.starting_adapter import with_adapter
+
+
+def test_what_the_adapter_says_becomes_the_runs(golden_dir):
+    folder = str(golden_dir / "interop" / "adapter_all_linear")
+    lora = with_adapter(TrainConfig(lora={"adapter": folder})).lora
+    assert (lora.rank, lora.alpha, lora.dropout) == (8, 16.0, 0.05)
+    assert with_adapter(TrainConfig(lora={"adapter": folder, "dropout": 0.0, "rank": 8})).lora.dropout == 0.0
+    with pytest.raises(UserError) as error:
+        with_adapter(TrainConfig(lora={"adapter": folder, "rank": 4, "alpha": 3, "targets": ["q_proj"]}))
+    for words in ("lora.rank=4, but", "lora.alpha=3, but", "lora.targets=[q_proj], but", "leave lora.rank out"):
+        assert words in str(error.value)
+    plain = TrainConfig()
+    assert with_adapter(plain) is plain
+
+
+def test_a_run_goes_on_where_the_adapter_stood_and_resumes(golden_dir, tiny_settings, tmp_path, capsys):
+    """Step 0 is PEFT's adapter; a stop in between changes no bit; the folder is found from elsewhere."""
+    from qlora_jax.checkpoints.peft import load_adapter
+    from qlora_jax.models.loading import load_model
+
+    start = golden_dir / "interop" / "adapter_all_linear"
+    settings = {key: value for key, value in tiny_settings.items() if key not in ("lora.rank", "lora.alpha")}
+    settings |= {"lora.adapter": str(start), "train.steps": 4, "checkpoint.every": 2}
+
+    def run(name, **changes):
+        arguments = settings | changes | {"output_dir": str(tmp_path / name)}
+        assert door.main([f"{key}={value}".replace("False", "false") for key, value in arguments.items()]) == 0
+        return tmp_path / name
+
+    whole = run("whole")
+    assert f"goes on from {start}" in capsys.readouterr().out
+    assert yaml.safe_load((whole / "config.yaml").read_text())["lora"]["rank"] == 8
+    stopped = run("stopped", **{"train.steps": 2})
+    assert door.main([f"output_dir={stopped}", "resume=true", "train.steps=4"]) == 0
+    before = load_file(start / "adapter_model.safetensors")
+    adapters = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, stopped)]
+    assert before.keys() == adapters[0].keys() == adapters[1].keys()
+    for key, value in adapters[0].items():
+        np.testing.assert_array_equal(value, adapters[1][key])
+        assert 0 < np.abs(value - before[key]).max() < 0.1
+    # The held-out loss before the first step is that of the adapter, not of the base.
+    losses = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    fresh = run("fresh", **{"lora.adapter": "null", "train.steps": 1})
+    first = json.loads((fresh / "metrics.jsonl").read_text().splitlines()[0])["eval_loss"]
+    assert abs(losses[0]["eval_loss"] - first) > 0.01
+    model = load_adapter(load_model(tiny_settings["model.path"]), start)
+    assert model.layers.mlp.up_proj.scaling == pytest.approx(16 / np.sqrt(8))
+
+
+def test_an_adapter_that_cannot_start_a_run_is_told(golden_dir, tiny_settings, tmp_path, capsys):
+    base = {key: value for key, value in tiny_settings.items() if not key.startswith("lora.")}
+    arguments = [f"{key}={value}".replace("False", "false") for key, value in base.items()]
+    interop = golden_dir / "interop"
+    for folder, words in (
+        (interop / "adapter_al_linear", "did you mean"),
+        (interop / "tiny_llama_bf16", "no adapter_config.json"),
+        (interop / "adapter_emb", "adapts an embedding"),
+    ):
+        assert door.main([*arguments, f"lora.adapter={folder}"]) == 2
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
