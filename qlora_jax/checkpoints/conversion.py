@@ -64,6 +64,7 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
     also: Callable[[Path], None] | None = None,
+    quantize: Callable[[str, np.ndarray], tuple[NF4Tensor, bool]] | None = None,
 ) -> Converted:
     """Quantizes a checkpoint into a folder that transformers, vLLM, bitsandbytes and `load_model` read.
 
@@ -79,6 +80,7 @@ def convert(
       shard_bytes: largest size of a file.
       progress: called as `progress(bytes written, bytes in all)` after each weight.
       also: called with the filled folder before it takes its place, to add files of its own.
+      quantize: makes 4 bits of a weight by name and values `[out, in]` (see LoftQ), and says whether all are finite.
 
     Raises:
       UserError: a value that is not finite, too little room on the disk, or a path that is a file.
@@ -98,7 +100,10 @@ def convert(
         if isinstance(checkpoint, BitsandbytesCheckpoint):
             return checkpoint.read_packed(name)
         value = checkpoint.read(name)
-        w, finite = quantize_rows(value, quant_type=quant_type, block_size=block_size, double_quant=double_quant)
+        if quantize is not None:
+            w, finite = quantize(name, value)
+        else:
+            w, finite = quantize_rows(value, quant_type=quant_type, block_size=block_size, double_quant=double_quant)
         if not finite:
             raise not_finite(name, checkpoint.path)
         return w

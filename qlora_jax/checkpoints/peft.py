@@ -11,22 +11,19 @@ leaves out (layers_to_transform), are filled up with zeros, which get no gradien
 trailing zeros are cut off again.
 """
 
-import collections
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float
-from safetensors.numpy import save_file
 
 from qlora_jax.checkpoints.atomic import whole_folder
-from qlora_jax.checkpoints.peft_reader import CONFIG, PREFIX, WEIGHTS, WHOLE_MODULES, LinearAdapter, read_adapter
-from qlora_jax.checkpoints.peft_readme import readme
+from qlora_jax.checkpoints.peft_reader import CONFIG, WHOLE_MODULES, LinearAdapter, read_adapter
+from qlora_jax.checkpoints.peft_writer import adapter_config, write_adapter
 from qlora_jax.errors import UserError
 from qlora_jax.nn import ReplacedParam, nf4_dense
 from qlora_jax.nn.traversal import walk
@@ -86,15 +83,12 @@ def save_adapter(
         for name, weight in _whole(model).items()
         if isinstance(weight, ReplacedParam)
     }
-    tensors = {PREFIX + name: value for name, value in whole.items()}
-    for name, linear in linears.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = linear.a, linear.b
-    config = _config(layers, linears, whole, adapted[0].dense.dropout, base_model)
+    names = [name for layer in layers for name in layer.names]
+    dropout = adapted[0].dense.dropout
+    config = adapter_config(linears, names, base_model=base_model, dropout=dropout, whole=whole)
     with whole_folder(folder) as new:
-        save_file(tensors, new / WEIGHTS, metadata={"format": "pt", "base_sha256": base_sha256})
-        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        text = readme(config, base_model, base_sha256, _precision(adapted[0].dense), folder)
-        (new / "README.md").write_text(text, encoding="utf-8")
+        precision = _precision(adapted[0].dense)
+        write_adapter(new, linears, config, base_sha256, precision=precision, place=folder, whole=whole)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
 
@@ -224,61 +218,6 @@ def _unstacked(layer: _Layer) -> Iterator[tuple[str, LinearAdapter]]:
             alpha = dense.alpha if rank == dense.rank else dense.scaling * rank
             a_i, b_i = np.ascontiguousarray(a[i, :, :rank].T), np.ascontiguousarray(b[i, :rank].T)
             yield name, LinearAdapter(a_i, b_i, alpha)
-
-
-def _config(
-    layers: list[_Layer],
-    linears: dict[str, LinearAdapter],
-    whole: dict[str, np.ndarray],
-    dropout: float,
-    base_model: str,
-) -> dict[str, Any]:
-    all_names = [name for layer in layers for name in layer.names]
-    leaves = {_leaf(name) for name in linears}
-    if any(_leaf(name) in leaves and name not in linears for name in all_names):
-        leaves = set(linears)  # a leaf name would reach layers that have no adapter
-    rank, alpha = collections.Counter((linear.rank, linear.alpha) for linear in linears.values()).most_common(1)[0][0]
-    ranks = {name: linear.rank for name, linear in linears.items()}
-    alphas = {name: _plain(linear.alpha) for name, linear in linears.items()}
-    modules = {tensor: module for module, tensor in WHOLE_MODULES.items()}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "r": rank,
-        "rank_pattern": _patterns(ranks, rank),
-        "lora_alpha": _plain(alpha),
-        "alpha_pattern": _patterns(alphas, _plain(alpha)),
-        "lora_dropout": dropout,
-        "target_modules": sorted(leaves),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
-        "modules_to_save": [modules[name] for name in whole] or None,
-    }
-
-
-def _patterns(values: dict[str, Any], default: Any) -> dict[str, Any]:
-    """Those that differ from the default, by leaf name where all of that name have the same."""
-    by_leaf: dict[str, set[Any]] = {}
-    for name, value in values.items():
-        by_leaf.setdefault(_leaf(name), set()).add(value)
-    return {
-        _leaf(name) if len(by_leaf[_leaf(name)]) == 1 else name: value
-        for name, value in values.items()
-        if value != default
-    }
-
-
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _plain(alpha: float) -> int | float:
-    return int(alpha) if alpha.is_integer() else alpha
 
 
 def _precision(dense: nf4_dense) -> str:

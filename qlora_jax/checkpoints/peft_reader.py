@@ -12,7 +12,7 @@ layers_to_transform, by the rules of PEFT.
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,26 @@ _REFUSED = {
     "monteclora_config": "the factors are random",
     "velora_config": "VeLoRA compresses activations",
     "kasa_config": "KaSA cuts the base's small singular values",
+}
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "target_modules": lambda value: isinstance(value, str) or _texts(value),
+    "exclude_modules": lambda value: isinstance(value, str) or _texts(value),
+    "modules_to_save": _texts,
+    "rank_pattern": lambda value: isinstance(value, dict),
+    "alpha_pattern": lambda value: isinstance(value, dict),
+    "layers_pattern": lambda value: isinstance(value, str) or _texts(value),
+    "layers_to_transform": lambda value: all(map(_is_number, value if isinstance(value, list) else [value])),
+    "lora_dropout": lambda value: _is_number(value) and 0 <= value < 1,
 }
 
 
@@ -106,7 +126,7 @@ def read_adapter(
       whole: its tensors that may be replaced, by name, a part of `WHOLE_MODULES`.
 
     Raises:
-      UserError: a file missing or damaged, a kind of adapter that is not LoRA on linear layers, targets that the model
+      UserError: a file missing or damaged, a kind of adapter that is not read, targets that the model
         does not have, factors left over, missing, of wrong shape or not finite.
     """
     folder = Path(folder)
@@ -143,7 +163,9 @@ def read_adapter(
         dropout=float(config.get("lora_dropout") or 0.0),
         linears={
             name: LinearAdapter(
-                arrays[f"{PREFIX}{name}.lora_A.weight"], arrays[f"{PREFIX}{name}.lora_B.weight"], module_alpha
+                arrays[f"{PREFIX}{name}.lora_A.weight"],
+                arrays[f"{PREFIX}{name}.lora_B.weight"],
+                module_alpha,
             )
             for name, (_, module_alpha) in ranks.items()
         },
@@ -167,6 +189,13 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     config = read_json(file)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type is {config.get('peft_type')!r}", why="LORA is the one supported")
+    wrong = [
+        f"{key}={config[key]!r}"
+        for key, good in _KINDS.items()
+        if config.get(key) is not None and not good(config[key])
+    ]
+    if wrong:
+        raise UserError(f"{file} has values of the wrong kind: {', '.join(wrong)}", why="PEFT writes no such values")
     problems = [f"{key} ({why})" for key, why in _REFUSED.items() if _given(config.get(key))]
     if config.get("bias", "none") != "none":
         problems.append(f"bias={config['bias']} (biases of the base were trained)")

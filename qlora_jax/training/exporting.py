@@ -24,6 +24,7 @@ from qlora_jax.checkpoints.merging import MergedCheckpoint, adapter_for
 from qlora_jax.checkpoints.peft_reader import CONFIG, WEIGHTS, PeftAdapter
 from qlora_jax.checkpoints.peft_readme import readme
 from qlora_jax.checkpoints.source import Checkpoint, open_checkpoint
+from qlora_jax.checkpoints.tensorfile import read_json
 from qlora_jax.errors import UserError
 from qlora_jax.models.loading import check_model
 from qlora_jax.training.config import TrainConfig
@@ -70,7 +71,7 @@ def open_trained(run: Path, model: str | None, say: Callable[[str], None]) -> Tr
     """
     if (run / CONFIG).is_file():
         config, folder = TrainConfig.model_validate({}), run
-        named = json.loads((run / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        named = read_json(run / CONFIG).get("base_model_name_or_path")
         path = model or (str(named) if named else None)
         if path is None:
             raise UserError(f"{run / CONFIG} does not name its base", fix="--model FOLDER_OR_GGUF")

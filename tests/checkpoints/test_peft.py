@@ -479,7 +479,7 @@ def test_an_adapter_of_the_same_rank_is_filled_and_others_are_refused(saved):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"use_dora": True},
+        {"use_qalora": True},
         {"modules_to_save": ["norm"]},
         {"lora_bias": True},
         {"bias": "all"},
@@ -498,8 +498,8 @@ def test_settings_that_would_give_other_outputs_are_refused(saved, changes):
 
 
 def test_several_problems_are_told_at_once(saved):
-    text = error(stacked_model(), saved(use_dora=True, bias="lora_only", modules_to_save=["norm"]))
-    assert all(word in text for word in ("use_dora", "bias=lora_only", "modules_to_save"))
+    text = error(stacked_model(), saved(layer_replication=[[0, 1]], bias="lora_only", modules_to_save=["norm"]))
+    assert all(word in text for word in ("layer_replication", "bias=lora_only", "modules_to_save"))
 
 
 def test_targets_that_the_model_lacks(saved):
