@@ -28,6 +28,12 @@ examples:
 """
 
 
+_DTYPE_HELP = (
+    "of a merged model; default: each tensor's own. bfloat16 rounds what was merged to 8 bits; float16 keeps 11, for "
+    "weights below 65504"
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the door and returns its exit code: 0, 2 (a user's mistake), 130 (interrupted), 1 (anything else)."""
     prepare_console()
@@ -59,7 +65,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--to", choices=("peft", "merged", "bitsandbytes"), required=True, help="what to write, see below")
     add("--base", choices=("dequantized", "original"), help="merge into what was trained against (default), or 16 bits")
     add("--model", metavar="PATH", help="the base, where it has moved: HF folder, .gguf file or hub name")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), help="of a merged model; default: each tensor's own")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), help=_DTYPE_HELP)
     add("--shard-size", metavar="SIZE", type=size_in_bytes, default="5GB", help="largest file of weights (5GB)")
     add("--base-name", metavar="NAME", help="what the adapter is to call its base, such as org/name; default: its path")
     add("--requantize", action="store_true", help="with bitsandbytes: merge, and round the result to 4 bits again")
