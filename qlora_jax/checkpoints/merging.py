@@ -1,4 +1,7 @@
-"""A checkpoint with an adapter merged into it, tensor by tensor as it is read: W + scaling * B @ A, in float32."""
+"""A checkpoint with an adapter merged into it, tensor by tensor as it is read: W + scaling * B @ A, in float32.
+
+Of DoRA the rows of that are scaled to the magnitudes that were trained.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,6 +74,8 @@ class MergedCheckpoint:
             return value
         merged = linear.b @ (np.float32(linear.scaling) * linear.a)
         merged += value.astype(np.float32)
+        if linear.magnitude is not None:
+            merged *= (linear.magnitude / np.maximum(np.linalg.norm(merged, axis=1), 1e-15))[:, None]
         return merged
 
 

@@ -13,7 +13,7 @@ trailing zeros are cut off again.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from qlora_jax.checkpoints.atomic import whole_folder
 from qlora_jax.checkpoints.peft_reader import CONFIG, WHOLE_MODULES, LinearAdapter, read_adapter
 from qlora_jax.checkpoints.peft_writer import adapter_config, write_adapter
 from qlora_jax.errors import UserError
-from qlora_jax.nn import ReplacedParam, nf4_dense
+from qlora_jax.nn import ReplacedParam, attach_dora, dora_dense, nf4_dense
 from qlora_jax.nn.traversal import walk
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ def save_adapter(
         raise UserError(f"this {type(model).__name__} has no adapters to save", fix="load_model(..., rank=16)")
     if len(dropouts := {layer.dense.dropout for layer in adapted}) > 1:
         raise UserError(f"adapters differ in dropout: {sorted(dropouts)}", why="adapter_config.json has one of it")
+    if len({isinstance(layer.dense, dora_dense) for layer in adapted}) > 1:
+        raise UserError("some adapters are DoRA's and some LoRA's", why="adapter_config.json has one use_dora")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
         raise UserError(
             f"{folder} is not empty and holds no adapter",
@@ -101,7 +103,7 @@ def load_adapter(model: M, folder: str | Path, *, dropout: float | None = None) 
 
     Args:
       model: a model with nf4_dense layers, such as `load_model` returns.
-      folder: an adapter folder, written by `save_adapter` or by PEFT (LoRA or rsLoRA on linear layers).
+      folder: an adapter folder, written by `save_adapter` or by PEFT (LoRA, rsLoRA or DoRA on linear layers).
       dropout: on the adapters' inputs, in calls with `rngs`; None: the adapter's own.
 
     Returns:
@@ -130,14 +132,33 @@ def load_adapter(model: M, folder: str | Path, *, dropout: float | None = None) 
                 f"the model has an adapter of rank {layer.dense.rank} at {layer.names[0]}, {folder} one of rank {rank}",
                 fix="load the model with rank=0",
             )
+        magnitudes = [linear.magnitude for linear in found if linear is not None and linear.magnitude is not None]
+        if magnitudes and len(magnitudes) < len(found):
+            raise UserError(
+                f"{folder} is DoRA on {len(magnitudes)} of {len(found)} layers of {layer.names[0]} and the like",
+                why="the layers of a stack get magnitudes together",
+            )
+        if layer.dense.rank > 0 and rank > 0 and isinstance(layer.dense, dora_dense) != bool(magnitudes):
+            raise UserError(
+                f"of the adapters at {layer.names[0]}, the model's and that of {folder}, one is DoRA's and one LoRA's",
+                fix="load the model with rank=0",
+            )
         if rank > 0:
-            stacks.append((layer.dense, rank, *_stacked(found, layer.dense, rank)))
-    for dense, rank, alpha, a, b in stacks:
+            stacks.append((layer.dense, rank, magnitudes, *_stacked(found, layer.dense, rank)))
+    for dense, rank, magnitudes, alpha, a, b in stacks:
         if dense.rank == 0:
-            zeros = nnx.initializers.zeros
-            dense.attach_adapter(rank=rank, alpha=alpha, rngs=nnx.Rngs(0), a_init=zeros)
+            settings: dict[str, Any] = {"rank": rank, "alpha": alpha, "rngs": nnx.Rngs(0)}
+            settings["a_init"] = nnx.initializers.zeros
+            if magnitudes:
+                attach_dora(dense, **settings)
+            else:
+                dense.attach_adapter(**settings)
         dense.alpha, dense.dropout = alpha, adapter.dropout if dropout is None else dropout
-        for variable, value in zip(_variables(dense), (a, b), strict=True):
+        values = [(variable, value) for variable, value in zip(_variables(dense), (a, b), strict=True)]
+        if isinstance(dense, dora_dense):
+            together = np.stack(magnitudes) if dense.num_layers is not None else magnitudes[0]
+            values.append((dense.lora_magnitude, together))
+        for variable, value in values:
             before = variable.get_value()
             # An array not bound to its device stays so: it may meet arrays on others.
             variable.set_value(jax.device_put(value, before.sharding if before.committed else None))
@@ -213,11 +234,15 @@ def _unstacked(layer: _Layer) -> Iterator[tuple[str, LinearAdapter]]:
     ranks = [int(np.flatnonzero(row)[-1]) + 1 if row.any() else 0 for row in used]
     if not any(ranks):
         ranks = [dense.rank] * len(ranks)
+    magnitudes: list[Any] = [None] * len(ranks)
+    if isinstance(dense, dora_dense):
+        ranks = [max(rank, 1) for rank in ranks]  # magnitudes may be all that was trained
+        magnitudes = list(np.asarray(dense.lora_magnitude.get_value(), np.float32).reshape(len(ranks), -1))
     for i, (name, rank) in enumerate(zip(layer.names, ranks, strict=True)):
         if rank:
             alpha = dense.alpha if rank == dense.rank else dense.scaling * rank
             a_i, b_i = np.ascontiguousarray(a[i, :, :rank].T), np.ascontiguousarray(b[i, :rank].T)
-            yield name, LinearAdapter(a_i, b_i, alpha)
+            yield name, LinearAdapter(a_i, b_i, alpha, magnitudes[i])
 
 
 def _precision(dense: nf4_dense) -> str:

@@ -2,6 +2,7 @@
 
     base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight   [r, in]
     base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight   [out, r]
+    base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector   [out], of DoRA
     base_model.model.lm_head.weight                                  of modules_to_save, the whole weight
 
 Rank and alpha are those of adapter_config.json, or a module's own by `rank_pattern` and `alpha_pattern`; rsLoRA divides
@@ -31,7 +32,6 @@ _INITIALIZERS = (None, True, False, "gaussian", "eva", "orthogonal")
 # modules_to_save may name these; norms and the like are not read.
 WHOLE_MODULES = {"lm_head": "lm_head.weight", "embed_tokens": "model.embed_tokens.weight"}
 _REFUSED = {
-    "use_dora": "DoRA rescales the base's columns",
     "lora_bias": "B has a bias",
     "layer_replication": "layers of the base are repeated",
     "target_parameters": "single parameters are adapted, not linear layers",
@@ -69,17 +69,19 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 
 @dataclasses.dataclass(frozen=True)
 class LinearAdapter:
-    """The adapter of one linear layer: `y = base(x) + scaling * B @ A @ x`.
+    """The adapter of one linear layer: `y = (W + scaling * B @ A) @ x`, with rows of length `magnitude` where DoRA's.
 
     Attributes:
       a: A, float32, as PEFT stores it.
       b: B, float32, as PEFT stores it.
       alpha: such that `scaling = alpha / rank`, also of rsLoRA.
+      magnitude: lengths of the rows of the adapted weight, float32; None: LoRA.
     """
 
     a: Float[np.ndarray, "rank in"]
     b: Float[np.ndarray, "out rank"]
     alpha: float
+    magnitude: Float[np.ndarray, "out"] | None = None
 
     @property
     def rank(self) -> int:
@@ -145,6 +147,8 @@ def read_adapter(
         out_features, in_features = linears[name]
         expected[f"{PREFIX}{name}.lora_A.weight"] = (rank, in_features)
         expected[f"{PREFIX}{name}.lora_B.weight"] = (out_features, rank)
+        if config.get("use_dora"):
+            expected[f"{PREFIX}{name}.lora_magnitude_vector"] = (out_features,)
     replaced = _replaced(config, whole or {}, folder)
     expected |= {PREFIX + name: shape for name, shape in replaced.items()}
     held = read_header(file)
@@ -166,6 +170,7 @@ def read_adapter(
                 arrays[f"{PREFIX}{name}.lora_A.weight"],
                 arrays[f"{PREFIX}{name}.lora_B.weight"],
                 module_alpha,
+                arrays.get(f"{PREFIX}{name}.lora_magnitude_vector"),
             )
             for name, (_, module_alpha) in ranks.items()
         },
@@ -206,7 +211,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if problems:
         raise UserError(
             f"{folder} is an adapter of a kind that is not supported: {'; '.join(problems)}",
-            why="LoRA and rsLoRA on linear layers are read; anything else would give other outputs than in PEFT",
+            why="LoRA, rsLoRA and DoRA on linear layers are read; anything else would give other outputs than in PEFT",
         )
     config.setdefault("r", 8)
     _rank_and_alpha("", config, folder)
@@ -304,7 +309,7 @@ def _check(file: Path, held: Mapping[str, StoredTensor], expected: Mapping[str, 
     if embeddings := [key for key in held if "lora_embedding_" in key]:
         raise UserError(
             f"{file} adapts an embedding: {listed(embeddings)}",
-            why="LoRA and rsLoRA on linear layers are read",
+            why="LoRA, rsLoRA and DoRA on linear layers are read",
         )
     if left_over := sorted(held.keys() - expected.keys()):
         raise UserError(

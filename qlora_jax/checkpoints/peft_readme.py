@@ -23,7 +23,7 @@ def readme(config: dict[str, Any], base_model: str, base_sha256: str, precision:
     return f"""---
 library_name: peft
 ---
-# LoRA adapter
+# {"DoRA" if config.get("use_dora") else "LoRA"} adapter
 
 Rank {config["r"]}, alpha {config["lora_alpha"]}, on {", ".join(config["target_modules"])}.
 

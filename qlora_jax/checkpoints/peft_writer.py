@@ -37,6 +37,8 @@ def write_adapter(
     tensors = {PREFIX + name: value for name, value in (whole or {}).items()}
     for name, linear in linears.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = linear.a, linear.b
+        if linear.magnitude is not None:
+            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = linear.magnitude
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", "base_sha256": base_sha256})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     text = readme(config, config["base_model_name_or_path"], base_sha256, precision, place)
@@ -82,7 +84,7 @@ def adapter_config(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": any(linear.magnitude is not None for linear in linears.values()),
         "modules_to_save": [modules[name] for name in whole] or None,
     }
 

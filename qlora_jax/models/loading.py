@@ -37,6 +37,7 @@ def load_model(
     rank: int = 0,
     alpha: float = 16.0,
     dropout: float = 0.0,
+    dora: bool = False,
     targets: Sequence[str] | None = None,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
     seed: int = 0,
@@ -64,6 +65,7 @@ def load_model(
       rank: rank of the LoRA adapters; 0: none (`load_adapter` can add them later).
       alpha: adapters are scaled by `alpha / rank`.
       dropout: probability of dropout on the adapters' inputs, in calls with `rngs`.
+      dora: adapters are DoRA's: the lengths of the adapted weights' columns are trained too (nn/dora.py).
       targets: names of the linears that get adapters, such as ["q_proj", "v_proj"]; None: all seven of every block.
       dtype: dtype of the activations: bfloat16, float16 or float32. Weights keep their own.
       seed: decides the adapters' initial A (B is zero).
@@ -100,7 +102,8 @@ def load_model(
         weights["lm_head"] = {"weight": reader.one("lm_head.weight", _as_is)}
     model = Llama(config, weights, dtype)
     if rank:
-        add_lora(model, rank=rank, alpha=alpha, dropout=dropout, targets=targets or BLOCK_LINEARS, rngs=nnx.Rngs(seed))
+        adapters: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "dora": dora}
+        add_lora(model, **adapters, targets=targets or BLOCK_LINEARS, rngs=nnx.Rngs(seed))
     return model
 
 

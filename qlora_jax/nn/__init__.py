@@ -2,6 +2,7 @@
 
 from qlora_jax.nn.adapters import add_lora, trainable
 from qlora_jax.nn.dense import nf4_dense
+from qlora_jax.nn.dora import attach_dora, dora_dense
 from qlora_jax.nn.lora import lora_a_init
 from qlora_jax.nn.report import QuantizeReport, Swap
 from qlora_jax.nn.scan import scan_layers, scan_layers_with
@@ -15,6 +16,8 @@ __all__ = [
     "ReplacedParam",
     "Swap",
     "add_lora",
+    "attach_dora",
+    "dora_dense",
     "lora_a_init",
     "nf4_dense",
     "quantize_model",

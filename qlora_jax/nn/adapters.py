@@ -8,6 +8,7 @@ from jaxtyping import PRNGKeyArray
 
 from qlora_jax.errors import UserError
 from qlora_jax.nn.dense import nf4_dense
+from qlora_jax.nn.dora import attach_dora
 from qlora_jax.nn.lora import lora_a_init
 from qlora_jax.nn.traversal import dotted, matching, require_matches, walk
 
@@ -42,6 +43,7 @@ def add_lora(
     rank: int,
     alpha: float = 16.0,
     dropout: float = 0.0,
+    dora: bool = False,
     targets: Sequence[str] | None = None,
     rngs: nnx.Rngs | PRNGKeyArray,
     a_init: Any = lora_a_init,
@@ -53,6 +55,7 @@ def add_lora(
       rank: rank of each adapter, > 0.
       alpha: adapters are scaled by `alpha / rank`.
       dropout: probability of dropout on an adapter's input, for calls that get a key.
+      dora: train the lengths of the adapted weights' columns too (see dora.py).
       targets: whole dotted components ("q_proj", "self_attn.q_proj") of the layers' paths; None: every nf4_dense.
       rngs: keys for A (stream `params`), or one key.
       a_init: initializer of A, float32 `[in, rank]`; B starts at zero.
@@ -76,5 +79,9 @@ def add_lora(
         raise UserError(f"{len(taken)} layers have an adapter already, the first at {taken[0]}")
     stream = rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(rngs)
     for _, layer in chosen.values():
-        layer.attach_adapter(rank=rank, alpha=alpha, dropout=dropout, rngs=stream, a_init=a_init)
+        settings: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "rngs": stream, "a_init": a_init}
+        if dora:
+            attach_dora(layer, **settings)
+        else:
+            layer.attach_adapter(**settings)
     return model

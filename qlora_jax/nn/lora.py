@@ -78,10 +78,15 @@ def lora_branch(
       dropout: probability of zeroing an entry of x; the others grow by `1 / (1 - dropout)`.
       key: random key of this call, which turns dropout on; None: no dropout.
     """
-    if key is not None and dropout > 0:
-        keep = jax.random.bernoulli(key, 1.0 - dropout, x.shape)
-        x = jnp.where(keep, x / (1.0 - dropout), jnp.zeros_like(x))
-    return mixed_product(scaling * mixed_product(x, a), b)
+    return mixed_product(scaling * mixed_product(dropped(x, dropout, key), a), b)
+
+
+def dropped(x: Float[Array, "*batch in"], dropout: float, key: PRNGKeyArray | None) -> Float[Array, "*batch in"]:
+    """x with entries zeroed at random and the others grown by `1 / (1 - dropout)`; as it is where there is no key."""
+    if key is None or dropout == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - dropout, x.shape)
+    return jnp.where(keep, x / (1.0 - dropout), jnp.zeros_like(x))
 
 
 def check_adapter(rank: int, alpha: float, dropout: float) -> None:

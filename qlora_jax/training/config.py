@@ -82,6 +82,11 @@ class LoraSection(Section):
     dropout: Float = Field(
         0.0, ge=0, lt=1, description="Share of the adapters' inputs zeroed while training. 0.05 helps small data."
     )
+    dora: bool = Field(
+        False,
+        description="Train the length of each adapted weight's columns too (DoRA). It can learn more at the same rank; "
+        "a step takes longer.",
+    )
     targets: list[str] | None = Field(
         None,
         min_length=1,

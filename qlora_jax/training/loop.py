@@ -60,6 +60,7 @@ def run_training(
             rank=config.lora.rank if config.lora.adapter is None else 0,
             alpha=config.lora.alpha,
             dropout=config.lora.dropout,
+            dora=config.lora.dora,
             targets=config.lora.targets,
             dtype=jnp.dtype(config.model.dtype),
             seed=config.seed,

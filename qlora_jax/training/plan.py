@@ -62,7 +62,7 @@ def measure_model(checkpoint: "Checkpoint", config: TrainConfig) -> Sizes:
         linears.add(match[1])
         weight_bytes += _linear_bytes(checkpoint, name, count, config)
         if targets is None or set(match[1].split(".")) & set(targets):
-            trained += config.lora.rank * sum(shape)
+            trained += config.lora.rank * sum(shape) + config.lora.dora * shape[0]
     known = sorted({part for linear in linears for part in linear.split(".")})
     unknown = [target for target in targets or () if target not in known]
     if unknown:
@@ -78,6 +78,7 @@ def measure_model(checkpoint: "Checkpoint", config: TrainConfig) -> Sizes:
 
         adapter = adapter_for(checkpoint, Path(config.lora.adapter))
         trained = sum(linear.a.size + linear.b.size for linear in adapter.linears.values())
+        trained += sum(linear.magnitude.size for linear in adapter.linears.values() if linear.magnitude is not None)
     # Adapters and both moments of Adam are float32.
     return Sizes(parameters, trained, weight_bytes, adapter_bytes=4 * trained, optimizer_bytes=8 * trained)
 

@@ -54,6 +54,7 @@ _ELSEWHERE = {
     "target_modules": "lora.targets",
     "adapter_name_or_path": "lora.adapter",
     "lora_model_dir": "lora.adapter",
+    "use_dora": "lora.dora",
 }
 
 

@@ -18,7 +18,7 @@ def with_adapter(config: TrainConfig) -> TrainConfig:
     if lora.adapter is None:
         return config
     adapter = read_adapter_config(Path(lora.adapter))
-    own = {"rank": adapter["r"], "alpha": float(adapter.get("lora_alpha", 8))}
+    own = {"rank": adapter["r"], "alpha": float(adapter.get("lora_alpha", 8)), "dora": bool(adapter.get("use_dora"))}
     mistakes = [
         UserError(
             f"lora.{key}={show(getattr(lora, key))}, but the adapter {lora.adapter} has {show(value)}",

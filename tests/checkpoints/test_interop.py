@@ -330,3 +330,58 @@ def test_a_merged_folder_in_transformers_gives_our_logits(golden_dir, tmp_path, 
     model = load_model(checkpoint, **(quantized or {"quant_type": None}), dtype=jnp.float32)
     ours = np.asarray(load_adapter(model, interop / "adapter_all_linear")(jnp.asarray(IDS)))
     np.testing.assert_allclose(ours, torch_logits(theirs, torch), atol=1e-4, rtol=0)
+
+
+def test_dora_has_pefts_outputs_and_gradients(golden_dir, tmp_path, torch):
+    """On the dequantized 4-bit base: logits, the gradient of every factor and magnitude, and the way back to PEFT."""
+    import jax
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from safetensors.numpy import load_file
+
+    source = golden_dir / "interop" / "tiny_llama_bf16"
+    model = load_model(source, dtype=jnp.float32)
+    torch.manual_seed(6)
+    config = LoraConfig(
+        r=4, lora_alpha=12, use_dora=True, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
+    theirs = get_peft_model(write_dequantized(model, source, torch), config)
+    for name, value in theirs.named_parameters():
+        if "lora_B" in name or "magnitude" in name:
+            value.data += 0.1 * torch.randn_like(value)
+    theirs.save_pretrained(tmp_path / "adapter")
+    load_adapter(model, tmp_path / "adapter")
+    np.testing.assert_allclose(np.asarray(model(jnp.asarray(IDS))), torch_logits(theirs, torch), atol=1e-3, rtol=0)
+
+    weights = np.random.default_rng(1).normal(size=(1, 32, 256)).astype(np.float32)
+    theirs.train()
+    (theirs(torch.tensor(IDS, dtype=torch.long)).logits * torch.tensor(weights)).sum().backward()
+    graph, adapters, frozen = nnx.split(model, nnx.LoRAParam, ...)
+    loss = lambda adapters: (nnx.merge(graph, adapters, frozen)(jnp.asarray(IDS)) * weights).sum()  # noqa: E731
+    gradients = jax.jit(jax.grad(loss))(adapters)
+    compared = 0
+    for name, value in theirs.named_parameters():
+        if value.grad is None:
+            continue
+        _, path = name.split("model.layers.")
+        layer, part, linear, kind = path.split(".")[:4]
+        leaf = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "lora_magnitude"}[kind]
+        ours = np.asarray(getattr(gradients["layers"][part][linear][leaf], "get_value", lambda: None)())[int(layer)]
+        ours = ours if ours.ndim == 1 else ours.T
+        assert np.linalg.norm(ours - value.grad.numpy()) <= 1e-4 * np.linalg.norm(value.grad.numpy()), name
+        compared += 1
+    assert compared == 2 * 3 * 3
+
+    save_adapter(model, tmp_path / "again", base_model=str(source), base_sha256="ab")
+    written, before = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("again", "adapter"))
+    assert written.keys() == before.keys()
+    again = PeftModel.from_pretrained(write_dequantized(model, source, torch), str(tmp_path / "again"))
+    np.testing.assert_allclose(np.asarray(model(jnp.asarray(IDS))), torch_logits(again, torch), atol=1e-3, rtol=0)
+
+    checkpoint = open_checkpoint(source)
+    quantized = {"quant_type": "nf4", "block_size": 64, "double_quant": True}
+    merged = MergedCheckpoint(
+        checkpoint, adapter_for(checkpoint, tmp_path / "again"), quantized=quantized, dtype="float32"
+    )
+    dense = again.merge_and_unload().state_dict()
+    for name in merged.names():
+        np.testing.assert_allclose(merged.read(name), dense[name].numpy(), rtol=1e-4, atol=1e-5, err_msg=name)

@@ -300,6 +300,48 @@ def test_patterns_single_layers_and_rslora_there_and_back(tmp_path):
         np.testing.assert_allclose(found, wanted[name], rtol=1e-5, atol=1e-5)
 
 
+def test_real_dora_adapter_there_and_back(golden_dir, tmp_path):
+    """PEFT's magnitudes on the base that it was made for are the lengths of that base's rows."""
+    from qlora_jax.checkpoints.merging import MergedCheckpoint, adapter_for
+    from qlora_jax.checkpoints.source import open_checkpoint
+    from qlora_jax.models.loading import load_model
+
+    folder, ids = golden_dir / "interop" / "adapter_dora", jnp.arange(3, 35)[None]
+    base = golden_dir / "interop" / "tiny_llama_bnb4"
+    model = load_model(base, dtype=jnp.float32)
+    plain = model(ids)
+    q_proj = load_adapter(model, folder).layers.self_attn.q_proj
+    np.testing.assert_allclose(jnp.sqrt(q_proj.squares.get_value()), q_proj.lora_magnitude.get_value(), rtol=2**-8)
+    np.testing.assert_allclose(model(ids), plain, atol=1e-2)  # B is zero
+    fill(model)
+    save(model, tmp_path / "a")
+    again = load_adapter(load_model(base, dtype=jnp.float32), tmp_path / "a")
+    assert_same_adapters(model, again)
+    np.testing.assert_array_equal(model(ids), again(ids))
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["use_dora"] is True
+    checkpoint = open_checkpoint(base)
+    merged = MergedCheckpoint(checkpoint, adapter_for(checkpoint, tmp_path / "a"), dtype="float32")
+    for i in range(2):
+        lengths = np.linalg.norm(merged.read(f"model.layers.{i}.self_attn.q_proj.weight"), axis=1)
+        np.testing.assert_allclose(lengths, np.abs(q_proj.lora_magnitude.get_value()[i]), rtol=1e-5)
+
+
+def test_dora_and_lora_do_not_mix(golden_dir, tmp_path):
+    folder = golden_dir / "interop" / "adapter_dora"
+    targets = ["q_proj", "v_proj"]
+    text = error(add_lora(stacked_model(), rank=8, targets=targets, rngs=nnx.Rngs(0)), folder)
+    assert "one is DoRA's and one LoRA's" in text
+    load_adapter(add_lora(stacked_model(), rank=8, dora=True, targets=targets, rngs=nnx.Rngs(0)), folder)
+    model = add_lora(stacked_model(), rank=8, targets=["q_proj"], rngs=nnx.Rngs(0))
+    add_lora(model, rank=8, dora=True, targets=["v_proj"], rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="some adapters are DoRA's"):
+        save(model, tmp_path / "a")
+    config = {"r": 2, "target_modules": ["q_proj"], "use_dora": True, "layers_to_transform": [1]}
+    more = {"base_model.model.model.layers.1.self_attn.q_proj.lora_magnitude_vector": np.ones(128, np.float32)}
+    peft_folder(tmp_path / "b", config, {"model.layers.1.self_attn.q_proj": 2}, more=more)
+    assert "1 of 2 layers" in error(stacked_model(), tmp_path / "b")
+
+
 def test_layers_that_an_adapter_leaves_out_get_no_gradient(tmp_path):
     config = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "layers_to_transform": 1}
     peft_folder(tmp_path / "a", config, {"model.layers.1.self_attn.q_proj": 2})
@@ -416,7 +458,7 @@ def test_real_adapter_of_default_targets(golden_dir):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("dora", "use_dora"), ("mts", "replaces lm_head.weight"), ("emb", "adapts an embedding")],
+    [("mts", "replaces lm_head.weight"), ("emb", "adapts an embedding")],
 )
 def test_real_adapters_of_other_kinds_are_refused(golden_dir, name, words):
     assert words in error(stacked_model(), golden_dir / "interop" / f"adapter_{name}")

@@ -60,6 +60,34 @@ def test_a_run_goes_on_where_the_adapter_stood_and_resumes(golden_dir, tiny_sett
     assert model.layers.mlp.up_proj.scaling == pytest.approx(16 / np.sqrt(8))
 
 
+def test_dora_is_trained_continued_and_merged(tiny_settings, tmp_path, capsys):
+    """Magnitudes move; a second run goes on from the first one's adapter where that ended."""
+    from qlora_jax import export
+
+    def run(name, **changes):
+        settings = tiny_settings | {"train.steps": 3, "output_dir": tmp_path / name} | changes
+        assert door.main([f"{key}={value}".replace("False", "false") for key, value in settings.items()]) == 0
+        tensors = load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        losses = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return tensors, [line["eval_loss"] for line in losses if "eval_loss" in line]
+
+    first, losses = run("first", **{"lora.dora": "true"})
+    key = "base_model.model.model.layers.1.mlp.up_proj.lora_magnitude_vector"
+    assert first[key].shape == (192,)
+    start = {name: value for name, value in tiny_settings.items() if not name.startswith("lora.")}
+    tiny_settings.clear()
+    tiny_settings.update(start)
+    second, more = run("second", **{"lora.adapter": tmp_path / "first" / "adapter"})
+    assert more[0] == pytest.approx(losses[-1], abs=1e-5)
+    assert more[-1] < losses[0]
+    assert 0 < np.abs(second[key] - first[key]).max() < 0.1
+    capsys.readouterr()
+    out = tmp_path / "merged"
+    assert export.main([str(tmp_path / "second"), str(out), "--to", "merged", "--dtype", "float32", "--verify"]) == 0
+    told = capsys.readouterr().out.partition("largest logit difference to the run: ")[2]
+    assert 0 <= float(told.partition(",")[0]) < 0.02
+
+
 def test_an_adapter_that_cannot_start_a_run_is_told(golden_dir, tiny_settings, tmp_path, capsys):
     base = {key: value for key, value in tiny_settings.items() if not key.startswith("lora.")}
     arguments = [f"{key}={value}".replace("False", "false") for key, value in base.items()]
