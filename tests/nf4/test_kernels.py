@@ -111,6 +111,21 @@ def test_error_bounds_of_the_design(in_features, out_features, block_size, doubl
     assert_within_bounds(w, dtype, (1, 3, 16, 33, 128), rng)
 
 
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_how_work_is_cut_leaves_no_trace(dtype):
+    """More rows and features than one task takes, with ragged ends: each row has the bits that it has on its own."""
+    rng = np.random.default_rng(2)
+    w = random_weight(rng, 576, 330)
+    x, dy = activations(rng, (1060, 576), dtype), activations(rng, (1060, 330), dtype)
+    whole = both(x, dy, w)
+    for begin, end in ((0, 1), (509, 517), (1020, 1060)):
+        for got, alone in zip(whole, both(x[begin:end], dy[begin:end], w), strict=True):
+            np.testing.assert_array_equal(np.asarray(got[begin:end]), np.asarray(alone))
+    matrix = dense(w, dtype)
+    for got, operand, factor in zip(whole, (x, dy), (matrix, matrix.T), strict=True):
+        assert relative_error(got, operand, factor)[0] <= BOUNDS[dtype]
+
+
 def test_error_bound_of_a_long_float32_sum():
     rng = np.random.default_rng(0)
     assert_within_bounds(random_weight(rng, 8192, 256, dtype="float32"), "float32", (16,), rng)
