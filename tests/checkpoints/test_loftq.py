@@ -74,8 +74,9 @@ def test_it_goes_through_the_doors(tiny_llama, tmp_path, capfd):
     told = capfd.readouterr().out
     assert f"lora.adapter={out / 'adapter'}" in told
     assert 50 < int(told.partition("weights by ")[2].partition("%")[0]) < 100
-    run = ["model.path=" + str(out), f"lora.adapter={out / 'adapter'}", f"data.path={rows}", "train.steps=1"]
-    assert train.main([*run, f"output_dir={tmp_path / 'run'}", "train.seq_len=64", "log.tensorboard=false"]) == 0
+    run = ["model.path=" + str(out), f"lora.adapter={out / 'adapter'}", f"data.path={rows}", "train.seq_len=64"]
+    assert train.main([*run, f"output_dir={tmp_path / 'run'}", "--dry-run"]) == 0
+    assert f"goes on from {out / 'adapter'}" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

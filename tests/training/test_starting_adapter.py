@@ -27,10 +27,7 @@ def test_what_the_adapter_says_becomes_the_runs(golden_dir):
 
 
 def test_a_run_goes_on_where_the_adapter_stood_and_resumes(golden_dir, tiny_settings, tmp_path, capsys):
-    """Step 0 is PEFT's adapter; a stop in between changes no bit; the folder is found from elsewhere."""
-    from qlora_jax.checkpoints.peft import load_adapter
-    from qlora_jax.models.loading import load_model
-
+    """The factors move from where PEFT left them; a stop in between changes no bit."""
     start = golden_dir / "interop" / "adapter_all_linear"
     settings = {key: value for key, value in tiny_settings.items() if key not in ("lora.rank", "lora.alpha")}
     settings |= {"lora.adapter": str(start), "train.steps": 4, "checkpoint.every": 2}
@@ -51,21 +48,13 @@ def test_a_run_goes_on_where_the_adapter_stood_and_resumes(golden_dir, tiny_sett
     for key, value in adapters[0].items():
         np.testing.assert_array_equal(value, adapters[1][key])
         assert 0 < np.abs(value - before[key]).max() < 0.1
-    # The held-out loss before the first step is that of the adapter, not of the base.
-    losses = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    fresh = run("fresh", **{"lora.adapter": "null", "train.steps": 1})
-    first = json.loads((fresh / "metrics.jsonl").read_text().splitlines()[0])["eval_loss"]
-    assert abs(losses[0]["eval_loss"] - first) > 0.01
-    model = load_adapter(load_model(tiny_settings["model.path"]), start)
-    assert model.layers.mlp.up_proj.scaling == pytest.approx(16 / np.sqrt(8))
 
 
-def test_dora_is_trained_continued_and_merged(tiny_settings, tmp_path, capsys):
+def test_dora_is_trained_and_continued(tiny_settings, tmp_path):
     """Magnitudes move; a second run goes on from the first one's adapter where that ended."""
-    from qlora_jax import export
 
     def run(name, **changes):
-        settings = tiny_settings | {"train.steps": 3, "output_dir": tmp_path / name} | changes
+        settings = tiny_settings | {"train.steps": 2, "eval.every": 2, "output_dir": tmp_path / name} | changes
         assert door.main([f"{key}={value}".replace("False", "false") for key, value in settings.items()]) == 0
         tensors = load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
         losses = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -81,11 +70,6 @@ def test_dora_is_trained_continued_and_merged(tiny_settings, tmp_path, capsys):
     assert more[0] == pytest.approx(losses[-1], abs=1e-5)
     assert more[-1] < losses[0]
     assert 0 < np.abs(second[key] - first[key]).max() < 0.1
-    capsys.readouterr()
-    out = tmp_path / "merged"
-    assert export.main([str(tmp_path / "second"), str(out), "--to", "merged", "--dtype", "float32", "--verify"]) == 0
-    told = capsys.readouterr().out.partition("largest logit difference to the run: ")[2]
-    assert 0 <= float(told.partition(",")[0]) < 0.02
 
 
 def test_an_adapter_that_cannot_start_a_run_is_told(golden_dir, tiny_settings, tmp_path, capsys):
