@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qlora_jax.errors import UserError, UserErrors
 from qlora_jax.training.commands import command_line
-from qlora_jax.training.console import prepare_console, report_fault, report_mistakes
+from qlora_jax.training.console import exit_code
 from qlora_jax.training.options import OptionParser, size_in_bytes
 
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -27,18 +27,7 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the door and returns its exit code: 0, 2 (a user's mistake), 130 (interrupted), 1 (anything else)."""
-    prepare_console()
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        run(parse(given))
-    except UserError as error:
-        return report_mistakes(error, debug="--debug" in given)
-    except KeyboardInterrupt:
-        print("interrupted; nothing is kept", file=sys.stderr)
-        return 130
-    except Exception:
-        return report_fault()
-    return 0
+    return exit_code(lambda given: run(parse(given)), arguments, interrupted="interrupted; nothing is kept")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_jax.errors import UserError
-from qlora_jax.training.console import prepare_console, report_fault, report_mistakes
+from qlora_jax.training.console import exit_code
 from qlora_jax.training.options import OptionParser
 
 if TYPE_CHECKING:
@@ -31,18 +31,7 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the door and returns its exit code: 0, 2 (a user's mistake), 130 (interrupted), 1 (anything else)."""
-    prepare_console()
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        answer(parse(given))
-    except UserError as error:
-        return report_mistakes(error, debug="--debug" in given)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Exception:
-        return report_fault()
-    return 0
+    return exit_code(lambda given: answer(parse(given)), arguments)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -178,13 +178,13 @@ def test_mistakes_in_the_run(run_folder: Path, tmp_path: Path, capfd) -> None:
     assert "Traceback" in err
 
 
-def test_an_adapter_of_another_model_is_refused(run_folder: Path, tmp_path: Path, capfd) -> None:
+def test_an_adapter_of_another_kind_is_refused(run_folder: Path, tmp_path: Path, capfd) -> None:
     adapter = Path(shutil.copytree(run_folder / "adapter", tmp_path / "adapter"))
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "VERA"}))
     code, out, err = ask(capfd, "--run", str(run_folder), "--adapter", str(adapter), "--prompt", "x")
     assert (code, out) == (2, "")
-    assert "DoRA" in err
+    assert "VERA" in err
 
 
 def test_help_names_every_option_and_imports_no_jax() -> None:

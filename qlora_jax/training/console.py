@@ -5,8 +5,36 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 
 from qlora_jax.errors import UserError, UserErrors
+
+
+def exit_code(
+    act: Callable[[list[str]], None], arguments: Sequence[str] | None, *, interrupted: str = "interrupted"
+) -> int:
+    """Runs a door that is asked for one thing, and says how it ended.
+
+    Args:
+      act: does it, given the arguments.
+      arguments: None: those of the command line.
+      interrupted: what is printed after Ctrl-C.
+
+    Returns:
+      0, 2 (a user's mistake), 130 (interrupted) or 1 (anything else).
+    """
+    prepare_console()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        act(given)
+    except UserError as error:
+        return report_mistakes(error, debug="--debug" in given)
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+    except Exception:
+        return report_fault()
+    return 0
 
 
 def report_mistakes(error: UserError, *, debug: bool = False) -> int:
