@@ -152,7 +152,8 @@ def _load(source: _Source, options: argparse.Namespace) -> Callable[[_Turns], st
     from qlora_jax.checkpoints.source import open_checkpoint
     from qlora_jax.data.formats import Message
     from qlora_jax.data.rendering import Renderer
-    from qlora_jax.models.loading import load_model
+    from qlora_jax.models.llama import Llama
+    from qlora_jax.models.loading import load_model, refuse_t5
     from qlora_jax.training.finished import base_model
     from qlora_jax.training.meter import Meter
 
@@ -160,6 +161,7 @@ def _load(source: _Source, options: argparse.Namespace) -> Callable[[_Turns], st
     path = base_model(source.model, _say)
     _say(f"loading {path}" + (f" with the adapter {source.adapter}" if source.adapter else ""))
     checkpoint = open_checkpoint(path)
+    refuse_t5(checkpoint)
     renderer = Renderer(checkpoint.tokenizer(), options.template or config.data.template)
     with Meter("loading", "tensors") as meter:
         model = load_model(
@@ -168,6 +170,7 @@ def _load(source: _Source, options: argparse.Namespace) -> Callable[[_Turns], st
             dtype=config.model.dtype,
             progress=meter.show,
         )
+    assert isinstance(model, Llama)
     if source.adapter is not None:
         load_adapter(model, source.adapter)
     return lambda turns: _reply(model, renderer, [Message(*turn) for turn in turns], options)

@@ -95,12 +95,14 @@ def run_study(
       UserError: the demo's model cannot be fetched, or the text has fewer windows.
     """
     from qlora_jax.checkpoints import open_checkpoint
+    from qlora_jax.models.llama import Llama
     from qlora_jax.models.loading import load_model
 
     checkpoint = open_checkpoint(demo.fetch_demo_model(_say))
     ids, text = _windows(checkpoint.tokenizer(), windows)
     study: dict[str, Any] = {"model": demo.MODEL, "text": text, "results": []}
     model = load_model(checkpoint, quant_type=None)
+    assert isinstance(model, Llama)  # the demo's is one
     originals = {linear: _kernel(model, linear).get_value() for linear in BLOCK_LINEARS}
     base: np.ndarray | None = None
     for datatype in (BASELINE, *datatypes):

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qlora_jax.checkpoints import t5
 from qlora_jax.checkpoints.digest import sha256_of
 from qlora_jax.checkpoints.tensorfile import StoredTensor, first_line, read_header, read_json, read_tensor
 from qlora_jax.errors import UserError
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-_FETCHED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "tokenizer_config.json")
+_FETCHED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "spiece.model"]
 _NOT_FETCHED = ["original/*", "consolidated*", "onnx/*"]
 
 
@@ -38,8 +39,13 @@ class HFCheckpoint:
                     fix="fetch the folder again",
                 )
             self._tensors |= found
+        self._names = self._model_tensors()
+
+    def _model_tensors(self) -> list[str]:
+        if t5.is_t5(self.config):
+            return t5.model_tensors(self._tensors, self.config)
         tied = self.config["tie_word_embeddings"]
-        self._names = [
+        return [
             name
             for name in self._tensors
             # inv_freq: a buffer that old files carry and the config implies. A tied head may be stored all the same.
@@ -119,12 +125,16 @@ def read_config(folder: Path) -> dict[str, Any]:
             fix=f"model.path={others[0]}" if others else "model.path=FOLDER that holds config.json",
         )
     raw = read_json(file)
+    if t5.is_t5(raw):
+        if quantization := raw.get("quantization_config"):
+            _check_method(folder, quantization)
+        return t5.normalised(raw, file)
     kind, heads = raw.get("model_type", "llama"), raw.get("architectures") or ["LlamaForCausalLM"]
     if kind != "llama" or "llamaforcausallm" not in [str(head).lower() for head in heads]:
         raise UserError(
             f"unsupported architecture in {file}: {kind} ({', '.join(map(str, heads))})",
-            why="llama (LlamaForCausalLM) is the one supported here",
-            fix="model.path=FOLDER of a LLaMA",
+            why="llama (LlamaForCausalLM) and t5 (T5ForConditionalGeneration) are supported here",
+            fix="model.path=FOLDER of a LLaMA or T5",
         )
     if quantization := raw.get("quantization_config"):
         _check_method(folder, quantization)

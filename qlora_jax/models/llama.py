@@ -84,7 +84,7 @@ class Attention(nnx.Module):
         rngs: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "batch seq embed"], tuple[Array, Array]]:
         """Returns the output and the keys and values of these tokens, `[batch, seq, kv_heads, head_dim]` each."""
-        q_key, k_key, v_key, o_key = _split(rngs, 4)
+        q_key, k_key, v_key, o_key = split_key(rngs, 4)
         heads = (*x.shape[:2], -1, self.head_dim)
         query = rotate(self.q_proj(x, rngs=q_key).reshape(heads), *rotation)
         key = rotate(self.k_proj(x, rngs=k_key).reshape(heads), *rotation)
@@ -108,7 +108,7 @@ class MLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch seq embed"], rngs: PRNGKeyArray | None
     ) -> Float[Array, "batch seq embed"]:
-        gate_key, up_key, down_key = _split(rngs, 3)
+        gate_key, up_key, down_key = split_key(rngs, 3)
         gated = jax.nn.silu(self.gate_proj(x, rngs=gate_key)) * self.up_proj(x, rngs=up_key)
         return self.down_proj(gated, rngs=down_key)
 
@@ -133,7 +133,7 @@ class Block(nnx.Module):
         rngs: PRNGKeyArray | None = None,
     ) -> Any:
         """h after this layer; with `past`, the keys and values of earlier tokens, (h, this call's keys and values)."""
-        attention_key, mlp_key = _split(rngs, 2)
+        attention_key, mlp_key = split_key(rngs, 2)
         y, own = self.self_attn(self.input_layernorm(h), rotation, mask, slot, past, attention_key)
         h = h + y
         h = h + self.mlp(self.post_attention_layernorm(h), mlp_key)
@@ -285,5 +285,5 @@ def _dot(x: Array, table: Array, table_axis: int) -> Array:
     )
 
 
-def _split(key: PRNGKeyArray | None, number: int) -> list[PRNGKeyArray | None]:
+def split_key(key: PRNGKeyArray | None, number: int) -> list[PRNGKeyArray | None]:
     return [None] * number if key is None else list(jax.random.split(key, number))

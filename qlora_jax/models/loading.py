@@ -1,6 +1,5 @@
 """load_model: from a checkpoint's files to a model with frozen 4-bit weights, one tensor at a time."""
 
-import difflib
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,18 +13,19 @@ from jaxtyping import Array, Float
 
 from qlora_jax.checkpoints.bitsandbytes import BitsandbytesCheckpoint
 from qlora_jax.checkpoints.source import Checkpoint, open_checkpoint
+from qlora_jax.checkpoints.t5 import is_t5
 from qlora_jax.checkpoints.tensorfile import not_finite
-from qlora_jax.errors import UserError, UserErrors
+from qlora_jax.errors import UserError
+from qlora_jax.models.checks import check_stored, check_targets, check_tensors
 from qlora_jax.models.config import BLOCK_LINEARS, BLOCK_NORMS, LlamaConfig
 from qlora_jax.models.llama import Llama
+from qlora_jax.models.t5 import T5
+from qlora_jax.models.t5_config import STACKS, T5Config, bias_name
 from qlora_jax.nf4 import NF4Tensor, device_layout, quantize
 from qlora_jax.nf4.blockwise import compiled_on_cpu
 from qlora_jax.nf4.placement import platform_of
 from qlora_jax.nf4.streaming import QuantizedStack, aligned_empty, on_device
 from qlora_jax.nn import add_lora
-from qlora_jax.nn.traversal import matching
-
-_NAMED_AT_MOST = 5
 
 
 def load_model(
@@ -42,8 +42,10 @@ def load_model(
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> Llama:
-    """Loads a pretrained LLaMA for finetuning: the linears of its blocks in 4 bits, all frozen but the adapters.
+) -> Llama | T5:
+    """Loads a pretrained model for finetuning: the linears of its blocks in 4 bits, all frozen but the adapters.
+
+    A LLaMA becomes a `Llama`, an encoder-decoder of the T5 family (1.0, 1.1, Flan) a `T5`.
 
     Tensors are read one after the other and quantized as they arrive, by the CPU's kernels straight from the file where
     they are loaded: host memory holds one tensor and what the model keeps, never the model in 16 bits. Linears keep the
@@ -66,7 +68,8 @@ def load_model(
       alpha: adapters are scaled by `alpha / rank`.
       dropout: probability of dropout on the adapters' inputs, in calls with `rngs`.
       dora: adapters are DoRA's: the lengths of the adapted weights' columns are trained too (nn/dora.py).
-      targets: names of the linears that get adapters, such as ["q_proj", "v_proj"]; None: all seven of every block.
+      targets: names of the linears that get adapters, such as ["q_proj", "v_proj"], in a T5 ["q", "v"]; None: all of
+        every block.
       dtype: dtype of the activations: bfloat16, float16 or float32. Weights keep their own.
       seed: decides the adapters' initial A (B is zero).
       progress: called as `progress(tensors read, tensors in all)` after each one.
@@ -76,23 +79,49 @@ def load_model(
         with values that are not finite; an unknown target; settings that contradict a quantized folder.
     """
     checkpoint = open_checkpoint(path) if isinstance(path, str | Path) else path
-    config = LlamaConfig.from_dict(checkpoint.config)
-    _check_targets(targets or ())
-    _check_tensors(checkpoint, config)
-    _check_stored(checkpoint, quant_type, block_size, double_quant)
-    stored = isinstance(checkpoint, BitsandbytesCheckpoint)
-    reader = _Reader(checkpoint, config.num_hidden_layers, progress)
-    layers: dict[str, Any] = {norm: {"weight": reader.stack(f"{norm}.weight", _as_is)} for norm in BLOCK_NORMS}
-    for linear in BLOCK_LINEARS:
-        group, name = linear.split(".")
-        weight = f"{linear}.weight"
-        if quant_type is not None and not stored:
-            parts = {"kernel": reader.quantized_stack(weight, quant_type, block_size, double_quant)}
-        else:
-            parts = {"kernel": reader.stack(weight, _to_kernel, packed=_is_packed(checkpoint, linear, config))}
-        if config.has_bias(linear):
-            parts["bias"] = reader.stack(f"{linear}.bias", _as_is)
-        layers.setdefault(group, {})[name] = parts
+    config = read_shape(checkpoint)
+    check_targets(targets or (), block_linears(config))
+    check_tensors(checkpoint, config)
+    check_stored(checkpoint, quant_type, block_size, double_quant)
+    reader = _Reader(checkpoint, progress)
+    settings = None if quant_type is None or isinstance(checkpoint, BitsandbytesCheckpoint) else quant_type
+    linear = functools.partial(reader.linear, quant_type=settings, block_size=block_size, double_quant=double_quant)
+    if isinstance(config, T5Config):
+        model: Llama | T5 = T5(config, _t5_weights(config, reader, linear), dtype)
+    else:
+        model = Llama(config, _llama_weights(config, reader, linear), dtype)
+    if rank:
+        linears = [name for _, name in block_linears(config)]
+        adapters: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "dora": dora}
+        add_lora(model, **adapters, targets=targets or linears, rngs=nnx.Rngs(seed))
+    return model
+
+
+def read_shape(checkpoint: Checkpoint) -> LlamaConfig | T5Config:
+    """The configuration of the model that a checkpoint holds.
+
+    Raises:
+      UserError: it is not supported.
+    """
+    kind = T5Config if is_t5(checkpoint.config) else LlamaConfig
+    return kind.from_dict(checkpoint.config)
+
+
+def block_linears(config: LlamaConfig | T5Config) -> list[tuple[str, str]]:
+    """The stacks of blocks and, for each, the dotted names of the linears inside a block."""
+    if isinstance(config, T5Config):
+        return [(f"{stack}.block", linear) for stack in STACKS for linear in config.block_linears(stack)]
+    return [("layers", linear) for linear in BLOCK_LINEARS]
+
+
+def _llama_weights(config: LlamaConfig, reader: "_Reader", linear: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    def tensors(name: str) -> list[str]:
+        return [f"model.layers.{layer}.{name}" for layer in range(config.num_hidden_layers)]
+
+    layers: dict[str, Any] = {norm: {"weight": reader.stack(tensors(f"{norm}.weight"), _as_is)} for norm in BLOCK_NORMS}
+    for name in BLOCK_LINEARS:
+        biases = tensors(f"{name}.bias") if config.has_bias(name) else None
+        _put(layers, name, linear(tensors(f"{name}.weight"), biases))
     weights = {
         "embed_tokens": {"weight": reader.one("model.embed_tokens.weight", _as_is)},
         "layers": layers,
@@ -100,11 +129,34 @@ def load_model(
     }
     if not config.tie_word_embeddings:
         weights["lm_head"] = {"weight": reader.one("lm_head.weight", _as_is)}
-    model = Llama(config, weights, dtype)
-    if rank:
-        adapters: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "dora": dora}
-        add_lora(model, **adapters, targets=targets or BLOCK_LINEARS, rngs=nnx.Rngs(seed))
-    return model
+    return weights
+
+
+def _t5_weights(config: T5Config, reader: "_Reader", linear: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    weights: dict[str, Any] = {"shared": {"weight": reader.one("shared.weight", _as_is)}}
+    if not config.tie_word_embeddings:
+        weights["lm_head"] = {"weight": reader.one("lm_head.weight", _as_is)}
+    for stack in STACKS:
+        blocks = [f"{stack}.block.{index}" for index in range(config.depth(stack))]
+        block: dict[str, Any] = {}
+        for name in config.block_norms(stack):
+            _put(block, name, {"weight": reader.stack([f"{prefix}.{name}.weight" for prefix in blocks], _as_is)})
+        for name in config.block_linears(stack):
+            _put(block, name, linear([f"{prefix}.{name}.weight" for prefix in blocks], None))
+        weights[stack] = {
+            "block": block,
+            "relative_attention_bias": {"weight": reader.one(bias_name(stack), _as_is)},
+            "final_layer_norm": {"weight": reader.one(f"{stack}.final_layer_norm.weight", _as_is)},
+        }
+    return weights
+
+
+def _put(tree: dict[str, Any], name: str, value: dict[str, Any]) -> None:
+    """Puts a value at a dotted name in nested dicts."""
+    *above, last = name.split(".")
+    for part in above:
+        tree = tree.setdefault(part, {})
+    tree[last] = value
 
 
 # What becomes of a tensor, and whether all its values are finite.
@@ -114,26 +166,41 @@ _Encode = Callable[[Array], tuple[Any, Array]]
 def check_model(
     checkpoint: Checkpoint, *, quant_type: str | None = "nf4", block_size: int = 64, double_quant: bool = True
 ) -> None:
-    """Whether `load_model` will take a checkpoint, as far as that can be told without reading a tensor.
+    """Whether the doors will take a checkpoint, as far as that can be told without reading a tensor.
 
     Args:
       checkpoint: what `open_checkpoint` returned.
       quant_type, block_size, double_quant: what `load_model` will be given.
 
     Raises:
-      UserError: a configuration that is not supported; tensors missing, unexpected or of another shape than it says;
-        settings that contradict a quantized folder.
+      UserError: a T5, which only `load_model` takes so far; a configuration that is not supported; tensors
+        missing, unexpected or of another shape than it says; settings that contradict a quantized folder.
     """
-    _check_stored(checkpoint, quant_type, block_size, double_quant)
-    _check_tensors(checkpoint, LlamaConfig.from_dict(checkpoint.config))
+    refuse_t5(checkpoint)
+    check_stored(checkpoint, quant_type, block_size, double_quant)
+    check_tensors(checkpoint, read_shape(checkpoint))
+
+
+def refuse_t5(checkpoint: Checkpoint) -> None:
+    """For the doors that know decoders only.
+
+    Raises:
+      UserError: the checkpoint is an encoder-decoder.
+    """
+    if is_t5(checkpoint.config):
+        raise UserError(
+            f"{checkpoint.path} is a T5, an encoder-decoder",
+            why="training, generation, conversion and export take decoders only so far",
+            fix="qlora_jax.load_model(FOLDER, rank=16) loads it for a training loop of your own, "
+            "or model.path=FOLDER of a LLaMA",
+        )
 
 
 class _Reader:
     """Reads tensors in turn, each turned into what the model keeps before the next one is read."""
 
-    def __init__(self, checkpoint: Checkpoint, num_layers: int, progress: Callable[[int, int], None] | None) -> None:
+    def __init__(self, checkpoint: Checkpoint, progress: Callable[[int, int], None] | None) -> None:
         self.checkpoint = checkpoint
-        self.num_layers = num_layers
         self.progress = progress
         self.done, self.total = 0, len(checkpoint.names())
 
@@ -147,33 +214,45 @@ class _Reader:
         self._check(name, bool(finite))
         return value
 
-    def stack(self, name: str, encode: _Encode, *, packed: bool = False) -> Any:
-        """The tensors of that name in every layer, with `[L]` in front; `packed`: with the bytes that are stored."""
+    def linear(
+        self,
+        weights: list[str],
+        biases: list[str] | None,
+        *,
+        quant_type: str | None,
+        block_size: int,
+        double_quant: bool,
+    ) -> dict[str, Any]:
+        """Kernel and bias of a linear in every layer; quant_type None: dense, or with the bytes that are stored."""
+        if quant_type is not None:
+            kernel = self.quantized_stack(weights, quant_type, block_size, double_quant)
+        else:
+            kernel = self.stack(weights, _to_kernel, packed=_is_packed(self.checkpoint, weights))
+        return {"kernel": kernel} | ({} if biases is None else {"bias": self.stack(biases, _as_is)})
+
+    def stack(self, names: list[str], encode: _Encode, *, packed: bool = False) -> Any:
+        """One tensor of every layer, with `[L]` in front; `packed`: with the bytes that are stored."""
         stacks: Any = None
-        for layer, tensor in enumerate(self._layers(name)):
-            value = self.one(tensor, encode, packed=packed)
+        for layer, name in enumerate(names):
+            value = self.one(name, encode, packed=packed)
             if stacks is None:
-                stacks = jax.tree.map(lambda leaf: aligned_empty((self.num_layers, *leaf.shape), leaf.dtype), value)
+                stacks = jax.tree.map(lambda leaf: aligned_empty((len(names), *leaf.shape), leaf.dtype), value)
             for stack, leaf in zip(jax.tree.leaves(stacks), jax.tree.leaves(value), strict=True):
                 stack[layer] = leaf
         return jax.tree.map(on_device, stacks)
 
-    def quantized_stack(self, name: str, quant_type: str, block_size: int, double_quant: bool) -> NF4Tensor:
-        """The tensors of that name in every layer, quantized."""
+    def quantized_stack(self, names: list[str], quant_type: str, block_size: int, double_quant: bool) -> NF4Tensor:
+        """One tensor of every layer, quantized."""
         settings: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
         if not compiled_on_cpu():
-            return self.stack(name, functools.partial(_to_nf4, **settings, platform=platform_of()))
-        first = self._layers(name)[0]
-        out_features, in_features = self.checkpoint.shape(first)
+            return self.stack(names, functools.partial(_to_nf4, **settings, platform=platform_of()))
+        out_features, in_features = self.checkpoint.shape(names[0])
         shape = (in_features, out_features)
         layout = device_layout(shape, block_size, platform_of(), quant_type)
-        stack = QuantizedStack(self.num_layers, shape, str(self.checkpoint.dtype(first)), **settings, layout=layout)
-        for layer, tensor in enumerate(self._layers(name)):
-            self._check(tensor, stack.fill(layer, self.checkpoint.read(tensor)))
+        stack = QuantizedStack(len(names), shape, str(self.checkpoint.dtype(names[0])), **settings, layout=layout)
+        for layer, name in enumerate(names):
+            self._check(name, stack.fill(layer, self.checkpoint.read(name)))
         return stack.tensor()
-
-    def _layers(self, name: str) -> list[str]:
-        return [f"model.layers.{layer}.{name}" for layer in range(self.num_layers)]
 
     def _read(self, name: str) -> Array:
         """A copy of what lies in the file."""
@@ -227,126 +306,13 @@ def _as_stored(w: NF4Tensor, *, platform: str) -> tuple[NF4Tensor, Array]:
     return w.to_layout(device_layout(w.shape, w.block_size, platform, w.quant_type)), finite
 
 
-def _is_packed(checkpoint: Checkpoint, linear: str, config: LlamaConfig) -> bool:
+def _is_packed(checkpoint: Checkpoint, names: list[str]) -> bool:
     """Whether a linear is stored in 4 bits, and alike in all layers, so that the bytes can be stacked as they are."""
     if not isinstance(checkpoint, BitsandbytesCheckpoint):
         return False
-    forms = {checkpoint.form(f"model.layers.{layer}.{linear}.weight") for layer in range(config.num_hidden_layers)}
+    forms = {checkpoint.form(name) for name in names}
     return len(forms) == 1 and None not in forms
-
-
-def _check_stored(checkpoint: Checkpoint, quant_type: str | None, block_size: int, double_quant: bool) -> None:
-    """Whether what was asked for is what a quantized checkpoint holds. Defaults ask for nothing.
-
-    Raises:
-      UserError: everything that contradicts it, at once.
-    """
-    if not isinstance(checkpoint, BitsandbytesCheckpoint):
-        return
-    forms = [form for name in checkpoint.names() if (form := checkpoint.form(name)) is not None]
-    kinds, sizes = {form.quant_type for form in forms}, {form.block_size for form in forms}
-    wrong = []
-    if quant_type not in (*kinds, "nf4"):
-        wrong.append((f"quant.type={quant_type or 'none'}", f"quant.type={min(kinds)}"))
-    if block_size not in (*sizes, 64):
-        wrong.append((f"quant.block_size={block_size}", f"quant.block_size={min(sizes)}"))
-    if not double_quant and all(form.double_quant for form in forms):
-        wrong.append(("quant.double_quant=false", "quant.double_quant=true"))
-    errors = [
-        UserError(
-            f"{asked} for {checkpoint.path}, which bitsandbytes has quantized otherwise",
-            why="its bytes are taken as they are: to quantize again would add error to error",
-            fix=f"{fix}, or model.path=FOLDER of the 16-bit model",
-        )
-        for asked, fix in wrong
-    ]
-    if errors:
-        raise errors[0] if len(errors) == 1 else UserErrors(errors)
 
 
 def _in_16_bits(weight: Array) -> Array:
     return weight.astype(jnp.bfloat16) if weight.dtype == jnp.float32 else weight
-
-
-def _check_targets(targets: Sequence[str]) -> None:
-    paths = [("layers", *linear.split(".")) for linear in BLOCK_LINEARS]
-    names = [path[-1] for path in paths]
-    for target in targets:
-        if not any(matching(path, (target,)) for path in paths):
-            close = difflib.get_close_matches(target, names, n=1)
-            raise UserError(
-                f"unknown LoRA target {target!r}",
-                why=f"the linears of a block are {', '.join(names)}",
-                fix=f"did you mean {close[0]}?" if close else "",
-            )
-
-
-def _check_tensors(checkpoint: Checkpoint, config: LlamaConfig) -> None:
-    """Compares names, shapes and dtypes with what the configuration asks for; reads no tensor.
-
-    Raises:
-      UserError: everything that does not fit, at once.
-    """
-    expected = config.tensor_shapes()
-    names = checkpoint.names()
-    errors = []
-    if missing := [name for name in expected if name not in set(names)]:
-        errors.append(
-            UserError(
-                f"{len(missing)} tensors are missing in {checkpoint.path}: {_some(missing)}",
-                why="the model's configuration asks for them",
-                fix="fetch the checkpoint again; config.json and the weights must belong together",
-            )
-        )
-    if unexpected := [name for name in names if name not in expected]:
-        errors.append(
-            UserError(
-                f"{len(unexpected)} tensors of {checkpoint.path} have no place in the model: {_some(unexpected)}",
-                why="leaving them out would compute something else than the model they belong to",
-                fix="config.json and the weights must belong together, and be a plain LLaMA",
-            )
-        )
-    there = [name for name in names if name in expected]
-    wrong = [name for name in there if tuple(checkpoint.shape(name)) != expected[name]]
-    errors += [
-        UserError(
-            f"tensor {name!r} of {checkpoint.path} has shape {checkpoint.shape(name)}, expected {expected[name]}",
-            why=f"that is what the model's configuration says ({_sizes(config)})",
-            fix="config.json and the weights must belong together",
-        )
-        for name in wrong[:_NAMED_AT_MOST]
-    ]
-    if len(wrong) > _NAMED_AT_MOST:
-        errors.append(UserError(f"... and {len(wrong) - _NAMED_AT_MOST} more tensors of another shape"))
-    errors += _mixed_dtypes(checkpoint, there)
-    if errors:
-        raise errors[0] if len(errors) == 1 else UserErrors(errors)
-
-
-def _mixed_dtypes(checkpoint: Checkpoint, names: list[str]) -> list[UserError]:
-    """Layers are stacked, so the same tensor has to have one dtype in all of them."""
-    first: dict[str, str] = {}
-    for name in names:
-        parts = name.split(".")
-        if parts[1] != "layers":
-            continue
-        other = first.setdefault(".".join(parts[3:]), name)
-        if checkpoint.dtype(name) != checkpoint.dtype(other):
-            found, wanted = checkpoint.dtype(name), checkpoint.dtype(other)
-            return [
-                UserError(
-                    f"tensor {name!r} of {checkpoint.path} is stored as {found}, {other!r} as {wanted}",
-                    why="one tensor must have the same dtype in all layers",
-                )
-            ]
-    return []
-
-
-def _sizes(config: LlamaConfig) -> str:
-    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    return ", ".join(f"{key}={getattr(config, key)}" for key in keys)
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - _NAMED_AT_MOST
-    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {rest} more" if rest > 0 else "")
