@@ -171,17 +171,19 @@ def load_adapter(model: M, folder: str | Path, *, dropout: float | None = None) 
 def module_names(path: tuple[str, ...], num_layers: int | None) -> tuple[str, ...]:
     """HF's names of the module at an NNX path, one for each layer of a stack.
 
-    The part after `layers` is numbered: ("layers", "mlp", "up_proj") is model.layers.{i}.mlp.up_proj.
+    The part after `layers` is numbered: ("layers", "mlp", "up_proj") is model.layers.{i}.mlp.up_proj; in a T5 that
+    after `block`.
     """
-    outer = path if path[0] == "lm_head" else ("model", *path)
+    outer = path if path[0] in ("lm_head", "encoder", "decoder") else ("model", *path)
     if num_layers is None:
         return (".".join(outer),)
-    if "layers" not in outer:
+    numbered = next((part for part in outer if part in ("layers", "block")), None)
+    if numbered is None:
         raise UserError(
             f"the stack of layers at {'.'.join(path)} has no name in PEFT",
             why="a stack's layers are numbered after a component called `layers`",
         )
-    cut = outer.index("layers") + 1
+    cut = outer.index(numbered) + 1
     return tuple(".".join((*outer[:cut], str(i), *outer[cut:])) for i in range(num_layers))
 
 

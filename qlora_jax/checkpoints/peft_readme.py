@@ -20,6 +20,7 @@ def readme(config: dict[str, Any], base_model: str, base_sha256: str, precision:
     path = Path(base_model)
     base = f'"{path.parent}", gguf_file="{path.name}"' if gguf else f'"{base_model}"'
     weights = path.name if gguf else "*.safetensors"
+    auto = "AutoModelForSeq2SeqLM" if config.get("task_type") == "SEQ_2_SEQ_LM" else "AutoModelForCausalLM"
     return f"""---
 library_name: peft
 ---
@@ -36,7 +37,7 @@ In PEFT:
 
 ```python
 import peft, transformers
-model = transformers.AutoModelForCausalLM.from_pretrained({base}, dtype="bfloat16")
+model = transformers.{auto}.from_pretrained({base}, dtype="bfloat16")
 model = peft.PeftModel.from_pretrained(model, "{folder}")
 tokenizer = transformers.AutoTokenizer.from_pretrained("{folder}")
 ```

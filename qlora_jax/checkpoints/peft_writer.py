@@ -71,7 +71,7 @@ def adapter_config(
     modules = {tensor: module for module, tensor in WHOLE_MODULES.items()}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if any(name.startswith("encoder.") for name in linears) else "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         "r": rank,

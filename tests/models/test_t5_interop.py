@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qlora_jax.checkpoints.peft import load_adapter, save_adapter
 from qlora_jax.checkpoints.source import open_checkpoint
 from qlora_jax.errors import UserError
 from qlora_jax.models.loading import check_model, load_model
@@ -180,3 +181,33 @@ def test_what_a_t5_is_not(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=message):
             load_model(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_adapters_in_peft_and_here(tmp_path: Path, seed: int) -> None:
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForSeq2SeqLM
+
+    theirs = save_random_t5(tmp_path / "base", seed, **V1_1)
+    linears = ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]
+    config = LoraConfig(r=4, lora_alpha=64, target_modules=linears, task_type="SEQ_2_SEQ_LM")
+    theirs = get_peft_model(theirs, config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    theirs.save_pretrained(tmp_path / "adapter")
+    model = load_model(tmp_path / "base", quant_type=None, dtype=jnp.float32)
+    input_ids, decoder_input_ids, _ = random_batch(seed)
+    before = np.asarray(model(input_ids, decoder_input_ids))
+    got = np.asarray(load_adapter(model, tmp_path / "adapter")(input_ids, decoder_input_ids))
+    expected = torch_logits(theirs, input_ids, decoder_input_ids)
+    assert np.abs(expected - before).max() > 0.1
+    assert np.abs(got - expected).max() < 1e-3
+    save_adapter(model, tmp_path / "again", base_model=str(tmp_path / "base"), base_sha256="0" * 64)
+    assert json.loads((tmp_path / "again/adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
+    assert "AutoModelForSeq2SeqLM" in (tmp_path / "again/README.md").read_text()
+    base = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    written = torch_logits(PeftModel.from_pretrained(base, tmp_path / "again").eval(), input_ids, decoder_input_ids)
+    assert np.abs(got - written).max() < 1e-3
