@@ -27,7 +27,7 @@ def check_description(report):
     assert report["cores"] >= 1
     assert report["device"] == report["platform"] == "cpu"
     assert report["dispatch"]["asked"] == "auto"
-    assert report["instruction_set"] in ("portable", "avx2", "avx512", "avx512_bf16")
+    assert report["instruction_set"] in ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def test_kernels_as_json(tmp_path, capsys):

@@ -46,7 +46,7 @@ def test_this_machine_as_json(capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["usable"] is True
     assert report["cpu_library"] == "loaded"
-    assert report["instruction_set"] in ("portable", "avx2", "avx512", "avx512_bf16")
+    assert report["instruction_set"] in ("portable", "avx2", "avx512", "avx512_bf16", "amx")
     assert report["cuda_library"] == "loaded" or report["cuda_library"].startswith("not ")
     assert report["versions"]["jax"]
     assert report["backend"] == "cpu"
