@@ -78,7 +78,7 @@ def _forward_head(mask: Array | None, item: tuple) -> tuple[Array, Array]:
 def _backward_head(mask: Array | None, item: tuple) -> tuple[Array, Array, Array]:
     row, query, key, value, normalizer, dy = item
     d_queries = []
-    d_key, d_value = jnp.zeros(key.T.shape, jnp.float32), jnp.zeros(value.T.shape, jnp.float32)
+    d_key, d_value = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
     for begin, end in _blocks(query.shape[1]):
         own = slice(begin, end)
         weights = jnp.exp(_scores(query, key, mask, row, begin, end) - normalizer[:, own, None])
@@ -88,9 +88,9 @@ def _backward_head(mask: Array | None, item: tuple) -> tuple[Array, Array, Array
         shared = jnp.sum(weights * d_weights, axis=-1, keepdims=True)
         d_scores = (weights * (d_weights - shared) * _scale(query)).astype(query.dtype)
         d_queries.append(_product(d_scores, key[:end], 0).astype(query.dtype))
-        d_key = d_key.at[:, :end].add(_sum_of_products(query[:, own], d_scores))
-        d_value = d_value.at[:, :end].add(_sum_of_products(dy[:, own], weights.astype(dy.dtype)))
-    return jnp.concatenate(d_queries, axis=1), d_key.T.astype(key.dtype), d_value.T.astype(value.dtype)
+        d_key = d_key.at[:end].add(_sum_of_products(d_scores, query[:, own]))
+        d_value = d_value.at[:end].add(_sum_of_products(weights.astype(dy.dtype), dy[:, own]))
+    return jnp.concatenate(d_queries, axis=1), d_key.astype(key.dtype), d_value.astype(value.dtype)
 
 
 def _scores(query: Array, key: Array, mask: Array | None, row: Array, begin: int, end: int) -> Array:
@@ -112,11 +112,8 @@ def _product(x: Float[Array, "group n k"], y: Array, y_axis: int) -> Float[Array
     return _dot(flat, y, 1, y_axis).reshape(*x.shape[:-1], -1)
 
 
-def _sum_of_products(narrow: Float[Array, "group n k"], wide: Float[Array, "group n m"]) -> Float[Array, "k m"]:
-    """Sum over queries. XLA multiplies 16-bit operands as float32 where their first axes are contracted, so one of them
-    is transposed beforehand, and a barrier keeps XLA from undoing that."""
-    transposed = jax.lax.optimization_barrier(narrow.reshape(-1, narrow.shape[-1]).T)
-    return _dot(transposed, wide.reshape(-1, wide.shape[-1]), 1, 0)
+def _sum_of_products(x: Float[Array, "group n k"], y: Float[Array, "group n m"]) -> Float[Array, "k m"]:
+    return _dot(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), 0, 0)
 
 
 def _dot(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
