@@ -22,10 +22,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from qlora_jax.errors import UserError
-from qlora_jax.nf4 import NF4Tensor, nf4_matmul
-from qlora_jax.nn.dense import check_fit, freeze
+from qlora_jax.nf4 import NF4Tensor
+from qlora_jax.nn.dense import check_fit, freeze, frozen_base
 from qlora_jax.nn.lora import check_adapter, init_adapter, lora_a_init, lora_branch, take_key
-from qlora_jax.nn.products import frozen_product
 from qlora_jax.nn.surgery import DEFAULT_SKIP
 from qlora_jax.nn.traversal import Path, dotted, matching, require_matches
 
@@ -79,7 +78,7 @@ class nf4_dense(nn.Module):
             b = self.param("lora_b", nn.initializers.zeros, (self.rank, self.features), jnp.float32)
             key = self.make_rng("dropout") if self.dropout > 0 and self.has_rng("dropout") else None
             branch = lora_branch(x, a, b, scaling=self.alpha / self.rank, dropout=self.dropout, key=key)
-        y = nf4_matmul(x, kernel) if isinstance(kernel, NF4Tensor) else frozen_product(x, kernel)
+        y = frozen_base(x, kernel)
         if branch is not None:
             y = y + branch  # in this order: see nn/lora.py
         if self.use_bias:

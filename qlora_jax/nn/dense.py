@@ -222,12 +222,15 @@ class nf4_dense(nnx.Module):
             key = take_key(rngs, "dropout") if rngs is not None and self.dropout > 0 else None
             a, b = self.lora_a.get_value(), self.lora_b.get_value()
             branch = lora_branch(x, a, b, scaling=self.scaling, dropout=self.dropout, key=key)
-        y = nf4_matmul(x, kernel) if isinstance(kernel, NF4Tensor) else frozen_product(x, kernel)
+        y = frozen_base(x, kernel)
         if branch is not None:
             y = y + branch  # in this order: see lora.py
-        if self.bias is not None:
-            y = y + self.bias.get_value().astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-        return y
+        return self._plus_bias(y)
+
+    def _plus_bias(self, y: Array) -> Array:
+        if self.bias is None:
+            return y
+        return y + self.bias.get_value().astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
     def attach_adapter(
         self,
@@ -285,6 +288,11 @@ def freeze(kernel: NF4Tensor | Array, quant_type: str | None, block_size: int, d
     in_features, out_features = kernel.shape[-2:]
     layout = device_layout((in_features, out_features), block_size, platform_of(kernel), quant_type)
     return quantize(kernel, quant_type, block_size, double_quant, layout=layout)
+
+
+def frozen_base(x: Float[Array, "*batch in"], kernel: NF4Tensor | Array) -> Float[Array, "*batch out"]:
+    """x times a layer's frozen kernel, 4-bit or dense."""
+    return nf4_matmul(x, kernel) if isinstance(kernel, NF4Tensor) else frozen_product(x, kernel)
 
 
 def check_fit(x: Array, kernel: NF4Tensor | Array) -> None:

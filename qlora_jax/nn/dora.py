@@ -22,10 +22,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from qlora_jax.nf4 import NF4Tensor, dequantize, nf4_matmul
-from qlora_jax.nn.dense import check_fit, nf4_dense
+from qlora_jax.nf4 import NF4Tensor, dequantize
+from qlora_jax.nn.dense import check_fit, frozen_base, nf4_dense
 from qlora_jax.nn.lora import dropped, lora_a_init, lora_branch, take_key
-from qlora_jax.nn.products import frozen_product
 from qlora_jax.nn.variables import FrozenParam
 
 _SMALLEST = 1e-30
@@ -59,12 +58,9 @@ class dora_dense(nf4_dense):
         magnitude, squares = self.lora_magnitude.get_value(), self.squares.get_value()
         scale = magnitude_scale(kernel, squares, magnitude, a, b, scaling=self.scaling, dtype=x.dtype)
         scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
-        y = _product(x, kernel)
-        y = (y + branch) * scale if key is None else y + (scale - 1) * _product(d, kernel) + scale * branch
-        y = y.astype(x.dtype)
-        if self.bias is not None:
-            y = y + self.bias.get_value().astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-        return y
+        y = frozen_base(x, kernel)
+        y = (y + branch) * scale if key is None else y + (scale - 1) * frozen_base(d, kernel) + scale * branch
+        return self._plus_bias(y.astype(x.dtype))
 
 
 def attach_dora(
@@ -109,7 +105,7 @@ def magnitude_scale(
     """
     a, b = jax.lax.stop_gradient(a), jax.lax.stop_gradient(b)
     rows = a.T.astype(dtype)
-    crossed = _product(rows, kernel)
+    crossed = frozen_base(rows, kernel)
     own = jnp.matmul(jnp.matmul(a.T, a, precision=_HIGHEST), b, precision=_HIGHEST)
     total = squares + jnp.sum((2 * scaling * crossed.astype(jnp.float32) + scaling**2 * own) * b, axis=0)
     # A column of zeros has m = 0, and stays one.
@@ -128,7 +124,3 @@ def squared_lengths(kernel: NF4Tensor | Float[Array, "*layers in out"]) -> Float
     if kernel.num_layers is None:
         return of(dequantize(kernel))
     return jax.lax.map(lambda i: of(dequantize(kernel.layer(i))), jnp.arange(kernel.num_layers))
-
-
-def _product(x: Array, kernel: NF4Tensor | Array) -> Array:
-    return nf4_matmul(x, kernel) if isinstance(kernel, NF4Tensor) else frozen_product(x, kernel)
