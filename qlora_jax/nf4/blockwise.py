@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -83,33 +82,29 @@ def compiled_on_cpu() -> bool:
 def _encode_layers(
     kernel: Array, quant_type: str, block_size: int, double_quant: bool, layout: str
 ) -> dict[str, Array]:
-    def in_layout(encode: _Encode) -> _Encode:
-        def one(kernel: Array) -> dict[str, Array]:
-            leaves = encode(kernel, quant_type, block_size, double_quant)
-            return leaves | {"packed": rows_to_fragments(leaves["packed"])} if layout == "fragments" else leaves
+    settings = quant_type, block_size, double_quant
 
-        return one
+    def in_layout(leaves: dict[str, Array]) -> dict[str, Array]:
+        return leaves | {"packed": rows_to_fragments(leaves["packed"])} if layout == "fragments" else leaves
 
     def pure(kernel: Array) -> dict[str, Array]:
-        return _each_layer(in_layout(_encode), kernel)
+        def one(kernel: Array) -> dict[str, Array]:
+            return in_layout(_encode(kernel, *settings))
+
+        return jax.lax.map(one, kernel) if kernel.ndim == 3 else one(kernel)
 
     def compiled(kernel: Array) -> dict[str, Array]:
-        if layout == "rows":
-            return quantize_kernel(kernel, quant_type, block_size, double_quant)
-        return _each_layer(in_layout(quantize_kernel), kernel)
+        if layout == "rows" or kernel.ndim == 2:
+            return in_layout(quantize_kernel(kernel, *settings))
+        # The kernel takes its layer out of the stack: before jax 0.11, XLA's CPU backend makes a whole stack of 16-bit
+        # floats float32 to slice it.
+        return jax.lax.map(lambda layer: in_layout(quantize_kernel(kernel, *settings, layer)), jnp.arange(len(kernel)))
 
     kernel = jax.lax.stop_gradient(kernel)
     on_cpu = compiled if compiled_on_cpu() else pure
     if cuda_kernels_loaded():
         return per_platform(kernel, cuda=pure, cpu=on_cpu, default=pure)
     return on_cpu(kernel) if jax.default_backend() == "cpu" else pure(kernel)
-
-
-_Encode = Callable[..., dict[str, Array]]
-
-
-def _each_layer(encode: _Encode, kernel: Array) -> dict[str, Array]:
-    return jax.lax.map(encode, kernel) if kernel.ndim == 3 else encode(kernel)
 
 
 def _encode(kernel: Float[Array, "in out"], quant_type: str, block_size: int, double_quant: bool) -> dict[str, Array]:

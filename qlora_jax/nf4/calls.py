@@ -59,28 +59,38 @@ def dequantize_rows(w: NF4Tensor, dtype: Any) -> Float[Array, "out in"]:
 
 
 def quantize_kernel(
-    kernel: Float[Array, "*layers in out"], quant_type: str, block_size: int, double_quant: bool
+    kernel: Float[Array, "*layers in out"],
+    quant_type: str,
+    block_size: int,
+    double_quant: bool,
+    layer: Array | None = None,
 ) -> dict[str, Array]:
-    """The leaves of an NF4Tensor in layout "rows" by one kernel, on the CPU, for `[in, out]` or `[L, in, out]`."""
+    """The leaves of an NF4Tensor in layout "rows" by one kernel, on the CPU, for `[in, out]` or `[L, in, out]`.
+
+    Args:
+      layer: int32, the one layer of a stack that is meant, of rows of whole blocks; nothing is sliced. None: all.
+    """
     *layers, in_features, out_features = kernel.shape
     stack = kernel.reshape(-1, in_features, out_features)
     # The kernel turns rows of whole blocks around as it reads them; where blocks straddle rows, XLA does.
     input_major = in_features % block_size == 0
     if not input_major:
         stack = stack.swapaxes(1, 2)
+    if layer is not None:
+        layers = []
+    count = len(stack) if layer is None else 1
     shapes = leaf_shapes((in_features, out_features), block_size, double_quant)
-    results = {
-        name: jax.ShapeDtypeStruct((len(stack), math.prod(dims)), dtype) for name, (dims, dtype) in shapes.items()
-    }
+    results = {name: jax.ShapeDtypeStruct((count, math.prod(dims)), dtype) for name, (dims, dtype) in shapes.items()}
     if double_quant:
-        results["absmax_offset"] = jax.ShapeDtypeStruct((len(stack),), jnp.float32)
+        results["absmax_offset"] = jax.ShapeDtypeStruct((count,), jnp.float32)
     else:
-        results["absmax_scale"] = jax.ShapeDtypeStruct((len(stack), 0), jnp.float32)
+        results["absmax_scale"] = jax.ShapeDtypeStruct((count, 0), jnp.float32)
         results["absmax_offset"] = jax.ShapeDtypeStruct((0,), jnp.float32)
     thresholds, codes = table(quant_type)
     call = jax.ffi.ffi_call(QUANTIZE_TARGET, tuple(results.values()), vmap_method="sequential")
     leaves = call(
         stack,
+        jnp.zeros(1, jnp.int32) if layer is None else layer.reshape(1),
         block_size=np.int64(block_size),
         input_major=np.int64(input_major),
         thresholds=thresholds,

@@ -233,11 +233,11 @@ def test_wrong_buffers_are_refused(change, message):
 def test_results_that_do_not_fit_are_refused_by_the_handler():
     thresholds, codes = table("nf4")
 
-    def run(weights: jax.Array, packed: int, **changes) -> None:
+    def run(weights: jax.Array, packed: int, first_layer: int = 0, **changes) -> None:
         shapes = [((1, packed), jnp.uint8), ((1, 2), jnp.float32), ((1, 0), jnp.float32), ((0,), jnp.float32)]
         call = jax.ffi.ffi_call("qlora_jax_nf4_quantize", [jax.ShapeDtypeStruct(*shape) for shape in shapes])
         attributes = {"block_size": np.int64(64), "input_major": np.int64(0), "thresholds": thresholds, "codes": codes}
-        jax.block_until_ready(call(weights, **(attributes | changes)))
+        jax.block_until_ready(call(weights, jnp.full(1, first_layer, jnp.int32), **(attributes | changes)))
 
     weights = jnp.zeros((1, 2, 64), jnp.bfloat16)
     run(weights, 64)
@@ -247,6 +247,8 @@ def test_results_that_do_not_fit_are_refused_by_the_handler():
         run(weights, 63)
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"must be \[L, out, in\], got bfloat16\[2, 64\]"):
         run(weights[0], 64)
+    with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="1 layers from 1 on do not lie in weights"):
+        run(weights, 64, first_layer=1)
     with pytest.raises(jax.errors.JaxRuntimeError, match="got 16"):
         run(weights, 64, block_size=np.int64(16))
     with pytest.raises(jax.errors.JaxRuntimeError, match="input-major weights need whole blocks of 64"):

@@ -20,8 +20,8 @@ ffi::Error Refuse(const std::string& message) { return ffi::Error::InvalidArgume
 
 int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-ffi::Error Implementation(ffi::ThreadPool pool, ffi::AnyBuffer weights, ffi::Result<ffi::AnyBuffer> packed,
-                          ffi::Result<ffi::AnyBuffer> absmax, ffi::Result<ffi::AnyBuffer> absmax_scale,
+ffi::Error Implementation(ffi::ThreadPool pool, ffi::AnyBuffer weights, ffi::AnyBuffer first_layer,
+                          ffi::Result<ffi::AnyBuffer> packed, ffi::Result<ffi::AnyBuffer> absmax, ffi::Result<ffi::AnyBuffer> absmax_scale,
                           ffi::Result<ffi::AnyBuffer> absmax_offset, int64_t block_size, int64_t input_major,
                           ffi::Span<const float> thresholds, ffi::Span<const uint8_t> codes) {
   QuantizeProblem p{};
@@ -40,7 +40,13 @@ ffi::Error Implementation(ffi::ThreadPool pool, ffi::AnyBuffer weights, ffi::Res
   }
   if (weights.dimensions().size() != 3) return Refuse("weights must be [L, out, in], got " + Shape(weights));
   p.input_major = input_major != 0;
-  const int64_t layers = weights.dimensions()[0];
+  if (!Has(first_layer, ffi::DataType::S32, {1})) return Refuse("first_layer must be int32[1], got " + Shape(first_layer));
+  const int64_t layers = packed->dimensions().size() == 2 ? packed->dimensions()[0] : 0;
+  const int64_t first = first_layer.typed_data<int32_t>()[0];
+  if (first < 0 || first + layers > weights.dimensions()[0]) {
+    return Refuse(std::to_string(layers) + " layers from " + std::to_string(first) + " on do not lie in weights " +
+                  Shape(weights));
+  }
   p.in_features = weights.dimensions()[p.input_major ? 1 : 2];
   p.out_features = weights.dimensions()[p.input_major ? 2 : 1];
   if (p.out_features > 0 && p.in_features > kMaxElements / p.out_features) {
@@ -72,7 +78,7 @@ ffi::Error Implementation(ffi::ThreadPool pool, ffi::AnyBuffer weights, ffi::Res
   try {
     const std::unique_ptr<float[]> scales(quantized ? new float[blocks] : nullptr);
     for (int64_t layer = 0; layer < layers; ++layer) {
-      p.elements = static_cast<const char*>(weights.untyped_data()) + layer * p.size() * BytesOf(p.kind);
+      p.elements = static_cast<const char*>(weights.untyped_data()) + (first + layer) * p.size() * BytesOf(p.kind);
       p.packed = packed->typed_data<uint8_t>() + layer * bytes;
       if (quantized) {
         p.absmax = scales.get();
@@ -95,6 +101,7 @@ ffi::Error Implementation(ffi::ThreadPool pool, ffi::AnyBuffer weights, ffi::Res
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Nf4Quantize, Implementation,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()

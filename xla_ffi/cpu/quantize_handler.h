@@ -5,7 +5,8 @@
 
 namespace qlora_jax {
 
-// XLA FFI handler. weights [L, out, in], or [L, in, out] with input_major, float32 | bfloat16 | float16  ->
+// XLA FFI handler. weights [layers, out, in], or [layers, in, out] with input_major, float32 | bfloat16 | float16;
+//   first_layer int32 [1], from which L layers are taken  ->
 //   packed uint8 [L, bytes];  absmax uint8 | float32 [L, blocks];  absmax_scale float32 [L, groups];
 //   absmax_offset float32 [L].
 // float32 absmax is not quantized: absmax_scale and absmax_offset are then [L, 0] and [0].
