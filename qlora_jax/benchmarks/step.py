@@ -18,7 +18,7 @@ from flax import nnx
 from qlora_jax.benchmarks.load import OtherLoad
 from qlora_jax.benchmarks.peers import Peer
 from qlora_jax.benchmarks.timing import Program, interleave, ratios, spread
-from qlora_jax.models.config import BLOCK_LINEARS, BLOCK_NORMS, LlamaConfig
+from qlora_jax.models.config import BLOCK_LINEARS, LlamaConfig
 from qlora_jax.models.llama import Llama
 from qlora_jax.nf4 import quantize
 from qlora_jax.nn import add_lora
@@ -172,7 +172,8 @@ def _random_model(shape: Shape) -> Llama:
     config = LlamaConfig.from_dict(shape.config)
     keys = iter(jax.random.split(jax.random.key(0), len(BLOCK_LINEARS) + 2))
     layers: dict[str, Any] = {
-        norm: {"weight": jnp.ones((config.num_hidden_layers, config.hidden_size), jnp.bfloat16)} for norm in BLOCK_NORMS
+        name.removesuffix(".weight"): {"weight": jnp.ones((config.num_hidden_layers, length), jnp.bfloat16)}
+        for name, length in config.block_vectors().items()
     }
     for linear in BLOCK_LINEARS:
         out_features, in_features = config.linear_shape(linear)

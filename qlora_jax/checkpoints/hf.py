@@ -7,6 +7,7 @@ import numpy as np
 
 from qlora_jax.checkpoints import t5
 from qlora_jax.checkpoints.digest import sha256_of
+from qlora_jax.checkpoints.families import FAMILIES, normalised
 from qlora_jax.checkpoints.tensorfile import StoredTensor, first_line, read_header, read_json, read_tensor
 from qlora_jax.errors import UserError
 
@@ -20,7 +21,7 @@ _NOT_FETCHED = ["original/*", "consolidated*", "onnx/*"]
 
 
 class HFCheckpoint:
-    """A LLaMA in an HF folder; see `Checkpoint`. Headers are read and checked here, tensors on demand."""
+    """A model in an HF folder; see `Checkpoint`. Headers are read and checked here, tensors on demand."""
 
     # By the names of safetensors, beside F32, F16 and BF16.
     stored_dtypes: tuple[str, ...] = ()
@@ -110,10 +111,10 @@ def fetch(name: str) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a LLaMA with the keys that `Checkpoint.config` promises.
+    """config.json of a model with the keys that `Checkpoint.config` promises.
 
     Raises:
-      UserError: no config.json, not JSON, not a LLaMA with a language-model head, quantized otherwise than by
+      UserError: no config.json, not JSON, no language model of a known family, quantized otherwise than by
         bitsandbytes in 4 bits, or a key missing.
     """
     file = folder / "config.json"
@@ -129,12 +130,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         if quantization := raw.get("quantization_config"):
             _check_method(folder, quantization)
         return t5.normalised(raw, file)
-    kind, heads = raw.get("model_type", "llama"), raw.get("architectures") or ["LlamaForCausalLM"]
-    if kind != "llama" or "llamaforcausallm" not in [str(head).lower() for head in heads]:
+    kind = raw.get("model_type", "llama")
+    known = {name: family.head for name, family in FAMILIES.items()} | {t5.MODEL_TYPE: t5.HEAD}
+    heads = [str(head) for head in raw.get("architectures") or [known.get(kind)]]
+    if kind not in known or known[kind].lower() not in [head.lower() for head in heads]:
         raise UserError(
-            f"unsupported architecture in {file}: {kind} ({', '.join(map(str, heads))})",
-            why="llama (LlamaForCausalLM) and t5 (T5ForConditionalGeneration) are supported here",
-            fix="model.path=FOLDER of a LLaMA or T5",
+            f"unsupported architecture in {file}: {kind} ({', '.join(heads)})",
+            why=f"supported are {', '.join(f'{name} ({head})' for name, head in known.items())}",
+            fix="model.path=FOLDER of a model of one of these families",
         )
     if quantization := raw.get("quantization_config"):
         _check_method(folder, quantization)
@@ -144,7 +147,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             why="the model's shape follows from it: a whole number above 0",
         )
     try:
-        return _normalised(raw)
+        return normalised(raw)
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{file} has a value of the wrong kind",
@@ -172,27 +175,6 @@ def _check_method(folder: Path, quantization: Any) -> None:
         why="of quantized folders those of bitsandbytes in 4 bits (load_in_4bit) are read",
         fix="model.path=FOLDER of the 16-bit model",
     )
-
-
-def _normalised(raw: dict[str, Any]) -> dict[str, Any]:
-    config = dict(raw)
-    # transformers 5 writes rope_parameters = {rope_type, rope_theta, ...} and dtype; older versions wrote rope_theta,
-    # rope_scaling = {type or rope_type, ...} and torch_dtype.
-    rope = dict(config.pop("rope_parameters", None) or config.get("rope_scaling") or {})
-    rope_type = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
-    theta = rope.pop("rope_theta", None)
-    config["rope_theta"] = float(theta if theta is not None else config.get("rope_theta") or 10000.0)
-    config["rope_scaling"] = None if rope_type == "default" else {"rope_type": rope_type, **rope}
-    dtype = config.pop("dtype", None) or config.get("torch_dtype") or "float32"
-    config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    heads = config["num_attention_heads"]
-    config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
-    config["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
-    config["rms_norm_eps"] = config.get("rms_norm_eps", 1e-6)
-    for key in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
-        config[key] = bool(config.get(key, False))
-    return config
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:

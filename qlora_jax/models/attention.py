@@ -59,6 +59,14 @@ def visible(
     return (query_segments[:, :, None] == key_segments[:, None, :]) & causal[None]
 
 
+def near(
+    query_slots: int, key_slots: int, window: int, offset: int | Int[Array, ""] = 0
+) -> Bool[Array, "1 query_slots key_slots"]:
+    """True where a key is one of the last `window` up to the query, at slot `offset + t`, or comes after it."""
+    slots = offset + jnp.arange(query_slots)
+    return (slots[:, None] - jnp.arange(key_slots)[None, :] < window)[None]
+
+
 def attend(
     query: Float[Array, "batch seq heads head_dim"],
     key: Float[Array, "batch keys kv_heads head_dim"],

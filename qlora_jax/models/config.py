@@ -1,8 +1,12 @@
-"""What shapes a LLaMA: its configuration, and the tensors that follow from it."""
+"""What shapes a LLaMA, or a model of a family like it: its configuration, and the tensors that follow from it."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import jax
+from jaxtyping import Array
 
 from qlora_jax.errors import UserError
 
@@ -16,7 +20,15 @@ BLOCK_LINEARS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
-BLOCK_NORMS = ("input_layernorm", "post_attention_layernorm")
+# What an MLP may put its gate through, by HF's names.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": jax.nn.gelu,
+    "gelu_fast": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +50,15 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """HF's LLaMA configuration, as far as it changes what is computed. Names and meanings are HF's; hashable."""
+    """HF's configuration of a LLaMA or the like, as far as it changes what is computed; hashable.
+
+    Names and meanings are HF's, but for those explained here.
+
+    Attributes:
+      attention_bias, attention_output_bias: whether q, k and v have biases, and whether o has one (None: as they have).
+      sliding_window: a token sees the last so many tokens alone, itself one of them. None: all.
+      layer_types: of each layer "sliding_attention" or "full_attention". None: all are alike.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -53,25 +73,37 @@ class LlamaConfig:
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    attention_output_bias: bool | None = None
     mlp_bias: bool = False
+    hidden_act: str = "silu"
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "LlamaConfig":
         """Takes what is needed from `Checkpoint.config` and refuses what would compute something else.
 
         Raises:
-          UserError: another activation than SiLU, partial rotary embeddings, an unknown kind of RoPE scaling or one
+          UserError: an unknown activation, partial rotary embeddings, an unknown kind of RoPE scaling or one
             with a key missing, heads that key/value heads do not divide, or an odd head_dim.
         """
-        if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
-            raise UserError(f"hidden_act={activation!r} of the model is not supported", why="LLaMA's MLP is SwiGLU")
+        check_activation(config.get("hidden_act", "silu"))
         if (share := config.get("partial_rotary_factor", 1.0)) != 1.0:
             raise UserError(
                 f"partial_rotary_factor={share} of the model is not supported", why="whole heads are rotated"
             )
         own = {field.name for field in dataclasses.fields(cls)}
         values = {key: value for key, value in config.items() if key in own and value is not None}
-        made = cls(**values | {"rope_scaling": _rope_scaling(config.get("rope_scaling"))})
+        values["rope_scaling"] = rope_scaling(config.get("rope_scaling"))
+        if types := values.get("layer_types"):
+            values["layer_types"] = tuple(types)
+        made = cls(**values)
+        if made.layer_types is not None and len(made.layer_types) != made.num_hidden_layers:
+            raise UserError(
+                f"layer_types of the model names {len(made.layer_types)} layers, num_hidden_layers is "
+                f"{made.num_hidden_layers}",
+                fix="see config.json",
+            )
         if made.num_attention_heads % made.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads={made.num_attention_heads} of the model is not a multiple of "
@@ -97,19 +129,35 @@ class LlamaConfig:
         }[linear.split(".")[-1]]
 
     def has_bias(self, linear: str) -> bool:
-        return self.attention_bias if linear.startswith("self_attn.") else self.mlp_bias
+        if linear.startswith("mlp."):
+            return self.mlp_bias
+        if linear == "self_attn.o_proj" and self.attention_output_bias is not None:
+            return self.attention_output_bias
+        return self.attention_bias
 
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of a checkpoint of this model, by HF name."""
+    def block_linears(self) -> tuple[str, ...]:
+        return BLOCK_LINEARS
+
+    def block_vectors(self) -> dict[str, int]:
+        """What a block has beside its linears: tensor names inside it, and lengths."""
+        return dict.fromkeys(("input_layernorm.weight", "post_attention_layernorm.weight"), self.hidden_size)
+
+    def outer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors outside of the blocks, by HF name."""
         shapes: dict[str, tuple[int, ...]] = {
             "model.embed_tokens.weight": (self.vocab_size, self.hidden_size),
             "model.norm.weight": (self.hidden_size,),
         }
         if not self.tie_word_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+        return shapes
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of a checkpoint of this model, by HF name."""
+        shapes = self.outer_shapes()
         for layer in range(self.num_hidden_layers):
-            for norm in BLOCK_NORMS:
-                shapes[f"model.layers.{layer}.{norm}.weight"] = (self.hidden_size,)
+            for name, length in self.block_vectors().items():
+                shapes[f"model.layers.{layer}.{name}"] = (length,)
             for linear in BLOCK_LINEARS:
                 shape = self.linear_shape(linear)
                 shapes[f"model.layers.{layer}.{linear}.weight"] = shape
@@ -118,7 +166,14 @@ class LlamaConfig:
         return shapes
 
 
-def _rope_scaling(scaling: Mapping[str, Any] | None) -> RopeScaling | None:
+def check_activation(name: str) -> None:
+    """UserError: an activation that is not among `ACTIVATIONS`."""
+    if name not in ACTIVATIONS:
+        raise UserError(f"hidden_act={name!r} of the model is not supported", why=f"{', '.join(ACTIVATIONS)} are")
+
+
+def rope_scaling(scaling: Mapping[str, Any] | None) -> RopeScaling | None:
+    """The stretching that `rope_scaling` of a configuration asks for. UserError: of an unknown or incomplete kind."""
     if not scaling or scaling.get("rope_type", "default") == "default":
         return None
     rope_type = scaling["rope_type"]

@@ -9,7 +9,7 @@ stack, and a scan runs the block once per layer. Compile time and the memory of 
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from qlora_jax.errors import UserError
-from qlora_jax.models.attention import KVCache, attend, visible
-from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.attention import KVCache, attend, near, visible
+from qlora_jax.models.config import ACTIVATIONS, LlamaConfig
 from qlora_jax.models.rope import rotate, rotations
 from qlora_jax.nn import FrozenParam, nf4_dense, scan_layers, scan_layers_with
 
@@ -64,6 +64,13 @@ class RMSNorm(nnx.Module):
         return (normed * weight.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
+class Masks(NamedTuple):
+    """What each query may see (None: everything up to itself), without the model's sliding window and with it."""
+
+    full: Bool[Array, "batch seq keys"] | None
+    windowed: Bool[Array, "batch seq keys"] | None
+
+
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions and grouped key/value heads."""
 
@@ -98,9 +105,10 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU (arXiv 2002.05202): `down(silu(gate(x)) * up(x))`."""
+    """A gated feed-forward layer (arXiv 2002.05202): `down(act(gate(x)) * up(x))`, SwiGLU where act is SiLU."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, activation: str) -> None:
+        self.activation = activation
         self.gate_proj = nf4_dense.from_kernel(**weights["gate_proj"], quant_type=None)
         self.up_proj = nf4_dense.from_kernel(**weights["up_proj"], quant_type=None)
         self.down_proj = nf4_dense.from_kernel(**weights["down_proj"], quant_type=None)
@@ -109,24 +117,32 @@ class MLP(nnx.Module):
         self, x: Float[Array, "batch seq embed"], rngs: PRNGKeyArray | None
     ) -> Float[Array, "batch seq embed"]:
         gate_key, up_key, down_key = split_key(rngs, 3)
-        gated = jax.nn.silu(self.gate_proj(x, rngs=gate_key)) * self.up_proj(x, rngs=up_key)
+        gated = ACTIVATIONS[self.activation](self.gate_proj(x, rngs=gate_key)) * self.up_proj(x, rngs=up_key)
         return self.down_proj(gated, rngs=down_key)
 
 
 class Block(nnx.Module):
-    """One layer: attention and MLP, each on normalized input and added to the residual stream."""
+    """One layer: attention and MLP, each on normalized input and added to the residual stream.
+
+    Attributes:
+      input_layernorm, self_attn, post_attention_layernorm, mlp: as named.
+      slides: FrozenParam, bool `[]`, `[L]` in a stack: whether this layer sees a window alone; None: all are alike.
+    """
 
     def __init__(self, weights: Weights, config: LlamaConfig) -> None:
         self.input_layernorm = RMSNorm(weights["input_layernorm"], config.rms_norm_eps)
         self.self_attn = Attention(weights["self_attn"], config)
         self.post_attention_layernorm = RMSNorm(weights["post_attention_layernorm"], config.rms_norm_eps)
-        self.mlp = MLP(weights["mlp"])
+        self.mlp = MLP(weights["mlp"], config.hidden_act)
+        types = config.layer_types
+        slides = None if types is None else jnp.asarray([kind == "sliding_attention" for kind in types])
+        self.slides = nnx.data(None if slides is None else FrozenParam(slides))
 
     def __call__(
         self,
         h: Float[Array, "batch seq embed"],
         rotation: tuple[Array, Array],
-        mask: Bool[Array, "batch seq keys"] | None,
+        masks: Masks,
         slot: Int[Array, ""] | None = None,
         past: tuple[Array, Array] | None = None,
         *,
@@ -134,6 +150,9 @@ class Block(nnx.Module):
     ) -> Any:
         """h after this layer; with `past`, the keys and values of earlier tokens, (h, this call's keys and values)."""
         attention_key, mlp_key = split_key(rngs, 2)
+        mask = masks.windowed
+        if self.slides is not None and masks.windowed is not None and masks.full is not None:
+            mask = jnp.where(self.slides.get_value(), masks.windowed, masks.full)
         y, own = self.self_attn(self.input_layernorm(h), rotation, mask, slot, past, attention_key)
         h = h + y
         h = h + self.mlp(self.post_attention_layernorm(h), mlp_key)
@@ -216,9 +235,12 @@ class Llama(nnx.Module):
             if rngs is not None:
                 raise UserError("rngs given with a cache", why="dropout is for training, a cache for generation")
             return self._continue(h, positions, segment_ids, cache)
-        mask = None if segment_ids is None else visible(segment_ids, segment_ids)
-        rotation = self._rotation(positions, mask, input_ids)
-        h = scan_layers(self.layers, h, rotation, mask, rngs=rngs, remat=self.remat)
+        seq = input_ids.shape[1]
+        if segment_ids is None and self._is_longer_than_window(seq):
+            segment_ids = jnp.ones(input_ids.shape, jnp.int32)
+        seen = None if segment_ids is None else visible(segment_ids, segment_ids)
+        rotation = self._rotation(positions, seen, input_ids)
+        h = scan_layers(self.layers, h, rotation, self._masks(seen, 0), rngs=rngs, remat=self.remat)
         return self.norm(h)
 
     def head(self, h: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
@@ -242,15 +264,26 @@ class Llama(nnx.Module):
         if segment_ids is None:
             segment_ids = jnp.ones(h.shape[:2], jnp.int32)
         known = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, cache.length, axis=1)
-        mask = visible(segment_ids, known, cache.length)
-        rotation = self._rotation(positions, mask, h)
+        seen = visible(segment_ids, known, cache.length)
+        rotation = self._rotation(positions, seen, h)
         past = (cache.keys, cache.values)
-        h, (keys, values) = scan_layers_with(self.layers, h, past, rotation, mask, cache.length)
+        masks = self._masks(seen, cache.length)
+        h, (keys, values) = scan_layers_with(self.layers, h, past, rotation, masks, cache.length)
         return self.norm(h), cache.extended(keys, values, segment_ids)
 
-    def _rotation(self, positions: Array | None, mask: Array | None, like: Array) -> tuple[Array, Array]:
-        if positions is None and mask is not None:
-            positions = jnp.sum(mask, axis=-1) - 1  # it sees itself and the earlier ones of its segment
+    def _is_longer_than_window(self, tokens: int) -> bool:
+        return self.config.sliding_window is not None and tokens > self.config.sliding_window
+
+    def _masks(self, seen: Array | None, offset: int | Array) -> Masks:
+        if seen is None or not self._is_longer_than_window(seen.shape[2]):
+            return Masks(seen, seen)
+        assert self.config.sliding_window is not None
+        _, queries, keys = seen.shape
+        return Masks(seen, seen & near(queries, keys, self.config.sliding_window, offset))
+
+    def _rotation(self, positions: Array | None, seen: Array | None, like: Array) -> tuple[Array, Array]:
+        if positions is None and seen is not None:
+            positions = jnp.sum(seen, axis=-1) - 1  # it sees itself and the earlier ones of its segment
         elif positions is None:
             positions = jnp.broadcast_to(jnp.arange(like.shape[1])[None, :], like.shape[:2])
         return rotations(positions, self.config)

@@ -17,7 +17,7 @@ from qlora_jax.checkpoints.t5 import is_t5
 from qlora_jax.checkpoints.tensorfile import not_finite
 from qlora_jax.errors import UserError
 from qlora_jax.models.checks import check_stored, check_targets, check_tensors
-from qlora_jax.models.config import BLOCK_LINEARS, BLOCK_NORMS, LlamaConfig
+from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.llama import Llama
 from qlora_jax.models.t5 import T5
 from qlora_jax.models.t5_config import STACKS, T5Config, bias_name
@@ -45,7 +45,8 @@ def load_model(
 ) -> Llama | T5:
     """Loads a pretrained model for finetuning: the linears of its blocks in 4 bits, all frozen but the adapters.
 
-    A LLaMA becomes a `Llama`, an encoder-decoder of the T5 family (1.0, 1.1, Flan) a `T5`.
+    A LLaMA, or a model of a family like it (checkpoints/families.py), becomes a `Llama`, an encoder-decoder of the T5
+    family (1.0, 1.1, Flan) a `T5`.
 
     Tensors are read one after the other and quantized as they arrive, by the CPU's kernels straight from the file where
     they are loaded: host memory holds one tensor and what the model keeps, never the model in 16 bits. Linears keep the
@@ -111,24 +112,21 @@ def block_linears(config: LlamaConfig | T5Config) -> list[tuple[str, str]]:
     """The stacks of blocks and, for each, the dotted names of the linears inside a block."""
     if isinstance(config, T5Config):
         return [(f"{stack}.block", linear) for stack in STACKS for linear in config.block_linears(stack)]
-    return [("layers", linear) for linear in BLOCK_LINEARS]
+    return [("layers", linear) for linear in config.block_linears()]
 
 
 def _llama_weights(config: LlamaConfig, reader: "_Reader", linear: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     def tensors(name: str) -> list[str]:
         return [f"model.layers.{layer}.{name}" for layer in range(config.num_hidden_layers)]
 
-    layers: dict[str, Any] = {norm: {"weight": reader.stack(tensors(f"{norm}.weight"), _as_is)} for norm in BLOCK_NORMS}
-    for name in BLOCK_LINEARS:
+    weights: dict[str, Any] = {}
+    for name in config.outer_shapes():
+        _put(weights, name.removeprefix("model."), reader.one(name, _as_is))
+    for name in config.block_vectors():
+        _put(weights, f"layers.{name}", reader.stack(tensors(name), _as_is))
+    for name in config.block_linears():
         biases = tensors(f"{name}.bias") if config.has_bias(name) else None
-        _put(layers, name, linear(tensors(f"{name}.weight"), biases))
-    weights = {
-        "embed_tokens": {"weight": reader.one("model.embed_tokens.weight", _as_is)},
-        "layers": layers,
-        "norm": {"weight": reader.one("model.norm.weight", _as_is)},
-    }
-    if not config.tie_word_embeddings:
-        weights["lm_head"] = {"weight": reader.one("lm_head.weight", _as_is)}
+        _put(weights, f"layers.{name}", linear(tensors(f"{name}.weight"), biases))
     return weights
 
 
@@ -151,7 +149,7 @@ def _t5_weights(config: T5Config, reader: "_Reader", linear: Callable[..., dict[
     return weights
 
 
-def _put(tree: dict[str, Any], name: str, value: dict[str, Any]) -> None:
+def _put(tree: dict[str, Any], name: str, value: Any) -> None:
     """Puts a value at a dotted name in nested dicts."""
     *above, last = name.split(".")
     for part in above:

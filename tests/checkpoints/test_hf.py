@@ -183,7 +183,7 @@ def test_an_error_of_two_lines_says_what_is_wrong(tiny_folder, edit_config):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model_type": "mistral", "architectures": ["MistralForCausalLM"]},
+        {"model_type": "mamba", "architectures": ["MambaForCausalLM"]},
         {"architectures": ["LlamaForSequenceClassification"]},
     ],
 )
@@ -191,7 +191,7 @@ def test_unsupported_architecture(edit_config, changes):
     text = message(edit_config(**changes))
     assert "unsupported architecture" in text
     assert changes["architectures"][0] in text
-    assert "LlamaForCausalLM" in text
+    assert "llama (LlamaForCausalLM), mistral (MistralForCausalLM)" in text
 
 
 def test_prequantized_folder_of_another_method(edit_config):

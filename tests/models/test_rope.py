@@ -76,8 +76,10 @@ def test_configurations_that_would_compute_something_else_are_refused() -> None:
         read(rope_scaling={"rope_type": "yarn", "factor": 4.0})
     with pytest.raises(UserError, match="lacks low_freq_factor"):
         read(rope_scaling={"rope_type": "llama3"} | llama3 | {"low_freq_factor": None})
-    with pytest.raises(UserError, match="hidden_act='gelu'"):
-        read(hidden_act="gelu")
+    with pytest.raises(UserError, match="hidden_act='relu2'"):
+        read(hidden_act="relu2")
+    with pytest.raises(UserError, match="layer_types of the model names 2 layers"):
+        read(layer_types=["full_attention"] * 2)
     with pytest.raises(UserError, match="num_key_value_heads=3"):
         read(num_key_value_heads=3)
     with pytest.raises(UserError, match="head_dim=15"):

@@ -1,0 +1,92 @@
+"""The decoder families that are read, by HF's model_type: what each means beside what its config.json says.
+
+A family is what LLaMA is but for the differences listed here; `LlamaConfig` (models/config.py) says what each
+difference does to the model.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One model_type.
+
+    Attributes:
+      head: HF's class of the whole model.
+      defaults: of keys that config.json may leave out: those of HF's configuration class.
+      implied: of keys that no config.json of the family has, because HF's code has them built in.
+      windows: which layers have `sliding_window`: "none" whatever config.json says, "all", or "late": where
+        use_sliding_window, those that layer_types says or those from max_window_layers on.
+      targets: what PEFT adapts where an adapter's target_modules is null.
+    """
+
+    head: str
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    implied: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    windows: str = "none"
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+
+
+_QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM"),
+    "mistral": Family(
+        "MistralForCausalLM",
+        {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+        windows="all",
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM", _QWEN, {"attention_bias": True, "attention_output_bias": False}, windows="late"
+    ),
+}
+_LLAMA_DEFAULTS: dict[str, Any] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+
+
+def normalised(raw: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a decoder with the keys that `Checkpoint.config` promises.
+
+    Raises:
+      TypeError, ValueError, AttributeError: a value of the wrong kind.
+    """
+    family = FAMILIES[raw.get("model_type", "llama")]
+    defaults = _LLAMA_DEFAULTS | dict(family.defaults)
+    config = defaults | raw | dict(family.implied)
+    # transformers 5 writes rope_parameters = {rope_type, rope_theta, ...} and dtype; older versions wrote rope_theta,
+    # rope_scaling = {type or rope_type, ...} and torch_dtype.
+    rope = dict(config.pop("rope_parameters", None) or config.get("rope_scaling") or {})
+    rope_type = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    rope.pop("type", None)
+    theta = rope.pop("rope_theta", None)
+    config["rope_theta"] = float(theta if theta is not None else config["rope_theta"] or defaults["rope_theta"])
+    config["rope_scaling"] = None if rope_type == "default" else {"rope_type": rope_type, **rope}
+    dtype = config.pop("dtype", None) or config.get("torch_dtype") or "float32"
+    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    heads = config["num_attention_heads"]
+    config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
+    config["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
+    for key in _FLAGS:
+        config[key] = bool(config.get(key, False))
+    windowed = _windowed(config, family.windows)
+    config.pop("layer_types", None)
+    if not any(windowed):
+        config.pop("sliding_window", None)
+    elif not all(windowed):
+        config["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in windowed]
+    return config
+
+
+def _windowed(config: dict[str, Any], windows: str) -> list[bool]:
+    """Which layers see a window of tokens alone."""
+    layers = range(config["num_hidden_layers"])
+    off = windows == "late" and not config.get("use_sliding_window")
+    if windows == "none" or off or config.get("sliding_window") is None:
+        return [False for _ in layers]
+    if windows == "all":
+        return [True for _ in layers]
+    if types := config.get("layer_types"):
+        return [kind == "sliding_attention" for kind in types]
+    return [layer >= config["max_window_layers"] for layer in layers]

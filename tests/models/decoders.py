@@ -1,0 +1,56 @@
+"""Small random decoders of every family as transformers makes and saves them; needs torch."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_SIZES = {"vocab_size": 160, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+_SETTINGS = {"max_position_embeddings": 512, "initializer_range": 0.15, "pad_token_id": None}
+_COMMON = _SIZES | _HEADS | _SETTINGS | {"bos_token_id": None, "eos_token_id": None}
+# Windows shorter than the rows of the tests.
+_LATE = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mistral": {"model_type": "mistral", "sliding_window": 20, "head_dim": 32},
+    "mistral, no window": {"model_type": "mistral", "sliding_window": None},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2, windows in late layers": {"model_type": "qwen2"} | _LATE,
+}
+
+
+def save_random_decoder(folder: Path, seed: int, variant: str, dtype: str = "bfloat16"):
+    """A random model in a folder, saved in 16 bits; returned as torch computes it, in float32."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    changes = dict(VARIANTS[variant])
+    config = AutoConfig.for_model(changes.pop("model_type"), **_COMMON | changes)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    return read_in_torch(folder)
+
+
+def read_in_torch(folder: Path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    # Eager attention: the only kind that has Gemma 2's soft caps.
+    read = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return read.eval()
+
+
+def torch_logits(model: Any, ids, mask=None) -> np.ndarray:
+    import torch
+
+    ids = torch.from_numpy(np.asarray(ids, np.int64))
+    mask = None if mask is None else torch.from_numpy(np.asarray(mask, np.int64))
+    positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        return model(ids, attention_mask=mask, position_ids=positions).logits.float().numpy()

@@ -1,0 +1,106 @@
+"""What the families' differences do, without torch; test_families_interop.py holds them against transformers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from qlora_jax.checkpoints.families import FAMILIES, normalised
+from qlora_jax.models.loading import load_model
+
+SHAPE = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def config(**changes) -> dict:
+    return normalised(SHAPE | HEADS | changes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(graph, state, ids, kwargs):
+    return nnx.merge(graph, state)(ids, **kwargs)
+
+
+def logits(model, ids, **kwargs) -> np.ndarray:
+    return np.asarray(run(*nnx.split(model), jnp.asarray(ids), kwargs))
+
+
+def reach(model, seq: int) -> list[int]:
+    """How many tokens back a change of each token is still seen at the end."""
+    changed = np.arange(seq, dtype=np.int32)[None].repeat(seq + 1, 0) % 90
+    changed[np.arange(seq), np.arange(seq)] = 90
+    *ends, unchanged = logits(model, changed)[:, -1]
+    return [seq - 1 - i for i, end in enumerate(ends) if np.abs(end - unchanged).max() > 1e-5]
+
+
+@pytest.mark.parametrize("seq", [20, 150], ids=["library's attention", "one head at a time"])
+def test_a_window_ends_what_a_token_sees(memory_checkpoint, seq: int) -> None:
+    """In one layer the window's tokens, in three layers three times as far."""
+    one = load_model(memory_checkpoint(sliding_window=5, num_hidden_layers=1), dtype=jnp.float32)
+    assert max(reach(one, seq)) == 4
+    if seq == 20:
+        three = load_model(memory_checkpoint(sliding_window=5), dtype=jnp.float32)
+        assert max(reach(three, seq)) == 12
+
+
+def test_layers_with_and_without_a_window(memory_checkpoint) -> None:
+    """The cache, left padding and packing give what single rows give; a full layer lets a token see everything."""
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    model = load_model(memory_checkpoint(sliding_window=5, layer_types=types), quant_type=None, dtype=jnp.float32)
+    assert max(reach(model, 20)) == 19
+    ids = np.random.default_rng(0).integers(0, 96, (1, 20)).astype(np.int32)
+    alone = logits(model, ids)
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def by_parts(state):
+        model = nnx.merge(graph, state)
+        cache, parts = model.init_cache(1, 24), []
+        for start, stop in ((0, 13), (13, 14), (14, 20)):
+            part, cache = model(ids[:, start:stop], cache=cache)
+            parts.append(part)
+        return jnp.concatenate(parts, 1)
+
+    np.testing.assert_allclose(by_parts(state), alone, atol=2e-5)
+    wide = np.concatenate([ids[:, :9], ids], 1)
+    packed = logits(model, wide, segment_ids=np.repeat([7, 1], [9, 20])[None])
+    np.testing.assert_allclose(packed[:, 9:], alone, atol=2e-5)
+    np.testing.assert_allclose(packed[:, :9], logits(model, ids[:, :9]), atol=2e-5)
+
+
+def test_a_window_that_nothing_exceeds_changes_nothing(memory_checkpoint) -> None:
+    ids = np.arange(8, dtype=np.int32)[None]
+    plain = load_model(memory_checkpoint(), dtype=jnp.float32)
+    windowed = load_model(memory_checkpoint(sliding_window=8), dtype=jnp.float32)
+    np.testing.assert_array_equal(logits(windowed, ids), logits(plain, ids))
+
+
+def test_what_a_config_leaves_out_is_the_familys() -> None:
+    assert config()["num_key_value_heads"] == 2
+    mistral = normalised(SHAPE | {"model_type": "mistral", "num_attention_heads": 8})
+    assert [mistral[key] for key in ("num_key_value_heads", "sliding_window")] == [8, 4096]
+    assert mistral["max_position_embeddings"] == 131072
+    qwen = config(model_type="qwen2")
+    assert (qwen["attention_bias"], qwen["attention_output_bias"], qwen["mlp_bias"]) == (True, False, False)
+    for kind in FAMILIES:
+        assert config(model_type=kind)["rope_theta"] == 10000.0
+
+
+def test_windows_of_each_family() -> None:
+    def windows(**changes) -> tuple:
+        made = config(**changes)
+        return made.get("sliding_window"), made.get("layer_types")
+
+    mixed = ["full_attention", "sliding_attention", "sliding_attention"]
+    assert windows(sliding_window=7) == (None, None)  # LLaMA has none, whatever its config.json says
+    assert windows(model_type="mistral", sliding_window=7) == (7, None)
+    assert windows(model_type="mistral", sliding_window=None) == (None, None)
+    late = {"model_type": "qwen2", "sliding_window": 7, "max_window_layers": 1}
+    assert windows(**late) == (None, None)
+    assert windows(**late, use_sliding_window=True) == (7, mixed)
+    assert windows(**late | {"max_window_layers": 0}, use_sliding_window=True) == (7, None)
+    assert windows(**late | {"max_window_layers": 3}, use_sliding_window=True) == (None, None)
+    assert windows(**late, use_sliding_window=True, layer_types=mixed[::-1]) == (7, mixed[::-1])
