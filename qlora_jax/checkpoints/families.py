@@ -29,7 +29,12 @@ class Family:
     targets: tuple[str, ...] = ("q_proj", "v_proj")
 
 
-_QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
+_QWEN: dict[str, Any] = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
@@ -41,6 +46,7 @@ FAMILIES = {
     "qwen2": Family(
         "Qwen2ForCausalLM", _QWEN, {"attention_bias": True, "attention_output_bias": False}, windows="late"
     ),
+    "qwen3": Family("Qwen3ForCausalLM", _QWEN | {"head_dim": 128}, {"qk_norm": True}, windows="late"),
 }
 _LLAMA_DEFAULTS: dict[str, Any] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")

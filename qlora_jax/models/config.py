@@ -56,6 +56,7 @@ class LlamaConfig:
 
     Attributes:
       attention_bias, attention_output_bias: whether q, k and v have biases, and whether o has one (None: as they have).
+      qk_norm: whether the queries and keys of each head are normalized before they are rotated.
       sliding_window: a token sees the last so many tokens alone, itself one of them. None: all.
       layer_types: of each layer "sliding_attention" or "full_attention". None: all are alike.
     """
@@ -76,6 +77,7 @@ class LlamaConfig:
     attention_output_bias: bool | None = None
     mlp_bias: bool = False
     hidden_act: str = "silu"
+    qk_norm: bool = False
     sliding_window: int | None = None
     layer_types: tuple[str, ...] | None = None
 
@@ -140,7 +142,10 @@ class LlamaConfig:
 
     def block_vectors(self) -> dict[str, int]:
         """What a block has beside its linears: tensor names inside it, and lengths."""
-        return dict.fromkeys(("input_layernorm.weight", "post_attention_layernorm.weight"), self.hidden_size)
+        lengths = dict.fromkeys(("input_layernorm.weight", "post_attention_layernorm.weight"), self.hidden_size)
+        if self.qk_norm:
+            lengths |= dict.fromkeys(("self_attn.q_norm.weight", "self_attn.k_norm.weight"), self.head_dim)
+        return lengths
 
     def outer_shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors outside of the blocks, by HF name."""

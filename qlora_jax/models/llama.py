@@ -80,6 +80,8 @@ class Attention(nnx.Module):
         self.k_proj = nf4_dense.from_kernel(**weights["k_proj"], quant_type=None)
         self.v_proj = nf4_dense.from_kernel(**weights["v_proj"], quant_type=None)
         self.o_proj = nf4_dense.from_kernel(**weights["o_proj"], quant_type=None)
+        self.q_norm = RMSNorm(weights["q_norm"], config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(weights["k_norm"], config.rms_norm_eps) if config.qk_norm else None
 
     def __call__(
         self,
@@ -93,9 +95,12 @@ class Attention(nnx.Module):
         """Returns the output and the keys and values of these tokens, `[batch, seq, kv_heads, head_dim]` each."""
         q_key, k_key, v_key, o_key = split_key(rngs, 4)
         heads = (*x.shape[:2], -1, self.head_dim)
-        query = rotate(self.q_proj(x, rngs=q_key).reshape(heads), *rotation)
-        key = rotate(self.k_proj(x, rngs=k_key).reshape(heads), *rotation)
+        query = self.q_proj(x, rngs=q_key).reshape(heads)
+        key = self.k_proj(x, rngs=k_key).reshape(heads)
         value = self.v_proj(x, rngs=v_key).reshape(heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotate(query, *rotation), rotate(key, *rotation)
         own = (key, value)
         if past is not None and slot is not None:
             key = jax.lax.dynamic_update_slice_in_dim(past[0], key, slot, axis=1)

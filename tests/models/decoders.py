@@ -17,6 +17,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mistral, no window": {"model_type": "mistral", "sliding_window": None},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2, windows in late layers": {"model_type": "qwen2"} | _LATE,
+    "qwen3": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
+    "qwen3, biases, windows in late layers": {"model_type": "qwen3", "head_dim": 16, "attention_bias": True} | _LATE,
 }
 
 

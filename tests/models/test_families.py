@@ -85,6 +85,8 @@ def test_what_a_config_leaves_out_is_the_familys() -> None:
     assert mistral["max_position_embeddings"] == 131072
     qwen = config(model_type="qwen2")
     assert (qwen["attention_bias"], qwen["attention_output_bias"], qwen["mlp_bias"]) == (True, False, False)
+    qwen = config(model_type="qwen3")
+    assert (qwen["head_dim"], qwen["qk_norm"], qwen["attention_bias"]) == (128, True, False)
     for kind in FAMILIES:
         assert config(model_type=kind)["rope_theta"] == 10000.0
 
