@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "capsule.h"
+#include "cpu/attention_handler.h"
 #include "cpu/dispatch.h"
 #include "cpu/handlers.h"
 #include "cpu/quantize_bindings.h"
@@ -18,6 +19,8 @@ py::dict Registrations() {
   targets["qlora_jax_nf4_matmul"] = qlora_jax::Capsule(qlora_jax::Nf4Matmul);
   targets["qlora_jax_nf4_matmul_dx"] = qlora_jax::Capsule(qlora_jax::Nf4MatmulDx);
   targets["qlora_jax_nf4_quantize"] = qlora_jax::Capsule(qlora_jax::Nf4Quantize);
+  targets["qlora_jax_causal_attention"] = qlora_jax::Capsule(qlora_jax::CausalAttention);
+  targets["qlora_jax_causal_attention_gradients"] = qlora_jax::Capsule(qlora_jax::CausalAttentionGradients);
   return targets;
 }
 
@@ -37,6 +40,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "instruction_set", [] { return qlora_jax::BestInstructionSet().name; },
       "Name of the instruction set whose kernels run.");
+  m.def(
+      "has_attention", [] { return qlora_jax::BestInstructionSet().attention != nullptr; },
+      "Whether that instruction set has a kernel for causal attention.");
   m.def("nf4_code", [] { return Values(qlora_jax::MakeNf4Code()); }, "The 16 NF4 values.");
   m.def("dynamic_map", [] { return Values(qlora_jax::MakeDynamicMap()); },
         "The 256 values of a double-quantized scale.");

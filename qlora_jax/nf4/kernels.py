@@ -21,6 +21,8 @@ MATMUL_TARGET = "qlora_jax_nf4_matmul"
 MATMUL_DX_TARGET = "qlora_jax_nf4_matmul_dx"
 # On the CPU alone.
 QUANTIZE_TARGET = "qlora_jax_nf4_quantize"
+ATTENTION_TARGET = "qlora_jax_causal_attention"
+ATTENTION_GRADIENTS_TARGET = "qlora_jax_causal_attention_gradients"
 # On CUDA alone.
 DEQUANTIZE_TARGET = "qlora_jax_nf4_dequantize"
 

@@ -10,13 +10,17 @@
 
 #include "amx_tiles.h"
 
+#include "amx_attention.h"
+
 namespace qlora_jax {
 
 const InstructionSet& Amx() {
-  static constexpr InstructionSet set = {"amx", [](const Problem& problem) -> const Method& {
+  static constexpr InstructionSet set = {"amx",
+                                         [](const Problem& problem) -> const Method& {
                                            return amx::Tiles::Takes(problem) ? amx::Tiles::kMethod
                                                                              : Avx512().choose(problem);
-                                         }};
+                                         },
+                                         &amx::Attention::kKernels};
   return set;
 }
 

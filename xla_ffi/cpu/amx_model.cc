@@ -10,13 +10,17 @@
 
 #include "amx_tiles.h"
 
+#include "amx_attention.h"
+
 namespace qlora_jax {
 
 const InstructionSet& AmxModel() {
-  static constexpr InstructionSet set = {"amx_model", [](const Problem& problem) -> const Method& {
+  static constexpr InstructionSet set = {"amx_model",
+                                         [](const Problem& problem) -> const Method& {
                                            return amx_model::Tiles::Takes(problem) ? amx_model::Tiles::kMethod
                                                                              : Avx512().choose(problem);
-                                         }};
+                                         },
+                                         &amx_model::Attention::kKernels};
   return set;
 }
 

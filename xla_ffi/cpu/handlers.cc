@@ -6,6 +6,7 @@
 #include <string>
 
 #include "../operands.h"
+#include "aligned_bytes.h"
 #include "dispatch.h"
 #include "parallel.h"
 #include "problem.h"
@@ -62,18 +63,6 @@ ffi::ErrorOr<Problem> Decode(const ProductOperands& o) {
   w.offset = o.weight.absmax_offset.typed_data<float>()[layer];
   return problem;
 }
-
-class AlignedBytes {
- public:
-  explicit AlignedBytes(int64_t size) : data_(static_cast<uint8_t*>(::operator new[](size, std::align_val_t{64}))) {}
-  ~AlignedBytes() { ::operator delete[](data_, std::align_val_t{64}); }
-  AlignedBytes(const AlignedBytes&) = delete;
-  AlignedBytes& operator=(const AlignedBytes&) = delete;
-  uint8_t* get() const { return data_; }
-
- private:
-  uint8_t* data_;
-};
 
 // Below this number of multiply-adds a call costs less than waking other threads.
 constexpr int64_t kSerialWork = int64_t{1} << 18;

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../nf4.h"
+#include "attention.h"
 
 namespace qlora_jax {
 
@@ -46,6 +47,7 @@ struct Method {
 struct InstructionSet {
   const char* name;
   const Method& (*choose)(const Problem& problem);
+  const AttentionKernels* attention = nullptr;
 };
 
 const InstructionSet& Portable();
