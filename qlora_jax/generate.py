@@ -17,7 +17,7 @@ from qlora_jax.training.options import OptionParser
 if TYPE_CHECKING:
     from qlora_jax.data.formats import Message
     from qlora_jax.data.rendering import Renderer
-    from qlora_jax.models.llama import Llama
+    from qlora_jax.models.decoder import Decoder
     from qlora_jax.training.config import TrainConfig
 
 _EXAMPLES = """\
@@ -152,7 +152,7 @@ def _load(source: _Source, options: argparse.Namespace) -> Callable[[_Turns], st
     from qlora_jax.checkpoints.source import open_checkpoint
     from qlora_jax.data.formats import Message
     from qlora_jax.data.rendering import Renderer
-    from qlora_jax.models.llama import Llama
+    from qlora_jax.models.decoder import Decoder
     from qlora_jax.models.loading import load_model, refuse_t5
     from qlora_jax.training.finished import base_model
     from qlora_jax.training.meter import Meter
@@ -170,13 +170,13 @@ def _load(source: _Source, options: argparse.Namespace) -> Callable[[_Turns], st
             dtype=config.model.dtype,
             progress=meter.show,
         )
-    assert isinstance(model, Llama)
+    assert isinstance(model, Decoder)
     if source.adapter is not None:
         load_adapter(model, source.adapter)
     return lambda turns: _reply(model, renderer, [Message(*turn) for turn in turns], options)
 
 
-def _reply(model: "Llama", renderer: "Renderer", messages: "list[Message]", options: argparse.Namespace) -> str:
+def _reply(model: "Decoder", renderer: "Renderer", messages: "list[Message]", options: argparse.Namespace) -> str:
     from qlora_jax.evaluation.generation import generate
 
     prompt = renderer.prompt(messages)

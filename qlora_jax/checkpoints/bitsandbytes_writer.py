@@ -20,7 +20,7 @@ from qlora_jax.nf4.codebook import CODEBOOKS, DYNAMIC_MAP, SCALE_GROUP
 from qlora_jax.nf4.tensor import NF4Tensor
 
 if TYPE_CHECKING:
-    from qlora_jax.models.llama import Llama
+    from qlora_jax.models.decoder import Decoder
 
 QUANT_TYPES = ("nf4", "fp4")
 SHARD_BYTES = 5 * 10**9
@@ -29,7 +29,7 @@ _LONGEST_OFFSET = -1.2345678901234567e-100
 
 
 def save_bitsandbytes(
-    model: "Llama", folder: str | Path, *, source: str | Path | Checkpoint, shard_bytes: int = SHARD_BYTES
+    model: "Decoder", folder: str | Path, *, source: str | Path | Checkpoint, shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Writes the base of a model, without adapters (see save_adapter), as a `*-bnb-4bit` folder.
 
@@ -160,20 +160,20 @@ def _state(form: Form, offset: float | None) -> bytes:
     return json.dumps(state).encode()
 
 
-def _module(model: "Llama", name: str) -> tuple[Any, str, int | None]:
+def _module(model: "Decoder", name: str) -> tuple[Any, str, int | None]:
     """The module that holds a tensor, the tensor's name in it, and its layer in a stack."""
     inner = name.removeprefix("model.").split(".")
-    layer = int(inner.pop(1)) if inner[0] == "layers" else None
+    layer = int(inner.pop(inner.index("layers") + 1)) if "layers" in inner else None
     *path, leaf = inner
     return functools.reduce(getattr, path, model), leaf, layer
 
 
-def _is_kernel(model: "Llama", name: str) -> bool:
+def _is_kernel(model: "Decoder", name: str) -> bool:
     module, leaf, _ = _module(model, name)
     return leaf == "weight" and hasattr(module, "kernel")
 
 
-def _value(model: "Llama", name: str) -> tuple[Any, int | None]:
+def _value(model: "Decoder", name: str) -> tuple[Any, int | None]:
     module, leaf, layer = _module(model, name)
     variable = module.kernel if leaf == "weight" and hasattr(module, "kernel") else getattr(module, leaf)
     return variable.get_value(), layer

@@ -17,6 +17,8 @@ class Family:
       head: HF's class of the whole model.
       defaults: of keys that config.json may leave out: those of HF's configuration class.
       implied: of keys that no config.json of the family has, because HF's code has them built in.
+      spellings: what the family calls keys of LLaMA's, by its own names.
+      head_weight: name of the tensor of the head that is not tied.
       windows: which layers have `sliding_window`: "none" whatever config.json says, "all", or "late": where
         use_sliding_window, those that layer_types says or those from max_window_layers on.
       targets: what PEFT adapts where an adapter's target_modules is null.
@@ -25,6 +27,8 @@ class Family:
     head: str
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     implied: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    head_weight: str = "lm_head.weight"
     windows: str = "none"
     targets: tuple[str, ...] = ("q_proj", "v_proj")
 
@@ -47,6 +51,13 @@ FAMILIES = {
         "Qwen2ForCausalLM", _QWEN, {"attention_bias": True, "attention_output_bias": False}, windows="late"
     ),
     "qwen3": Family("Qwen3ForCausalLM", _QWEN | {"head_dim": 128}, {"qk_norm": True}, windows="late"),
+    "gpt_neox": Family(
+        "GPTNeoXForCausalLM",
+        {"hidden_act": "gelu", "attention_bias": True, "rotary_pct": 0.25, "rotary_emb_base": 10000.0},
+        spellings={"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"},
+        head_weight="embed_out.weight",
+        targets=("query_key_value",),
+    ),
 }
 _LLAMA_DEFAULTS: dict[str, Any] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
@@ -61,12 +72,15 @@ def normalised(raw: dict[str, Any]) -> dict[str, Any]:
     family = FAMILIES[raw.get("model_type", "llama")]
     defaults = _LLAMA_DEFAULTS | dict(family.defaults)
     config = defaults | raw | dict(family.implied)
+    config |= {name: config[own] for own, name in family.spellings.items() if own in config}
     # transformers 5 writes rope_parameters = {rope_type, rope_theta, ...} and dtype; older versions wrote rope_theta,
     # rope_scaling = {type or rope_type, ...} and torch_dtype.
     rope = dict(config.pop("rope_parameters", None) or config.get("rope_scaling") or {})
     rope_type = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     rope.pop("type", None)
     theta = rope.pop("rope_theta", None)
+    if share := rope.pop("partial_rotary_factor", None):
+        config["partial_rotary_factor"] = share
     config["rope_theta"] = float(theta if theta is not None else config["rope_theta"] or defaults["rope_theta"])
     config["rope_scaling"] = None if rope_type == "default" else {"rope_type": rope_type, **rope}
     dtype = config.pop("dtype", None) or config.get("torch_dtype") or "float32"

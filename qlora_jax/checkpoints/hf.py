@@ -1,5 +1,6 @@
 """HF folders: config.json, safetensors (one file, or shards under an index), tokenizer files."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "tokenizer_config.json")
 _FETCHED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "spiece.model"]
+# Buffers that old files carry and the configuration implies; masks among them are stored as BOOL or U8.
+_BUFFERS = re.compile(r".*\.(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias)")
 _NOT_FETCHED = ["original/*", "consolidated*", "onnx/*"]
 
 
@@ -32,7 +35,8 @@ class HFCheckpoint:
         self._files = _weight_files(folder)
         self._tensors: dict[str, StoredTensor] = {}
         for file, expected in self._files.items():
-            found = read_header(file, self.stored_dtypes)
+            found = read_header(file, self.stored_dtypes, _BUFFERS)
+            expected = expected and {name for name in expected if not _BUFFERS.fullmatch(name)}
             if expected is not None and (missing := sorted(expected - found.keys())):
                 raise UserError(
                     f"tensor {missing[0]!r} is missing in {file}",
@@ -45,13 +49,11 @@ class HFCheckpoint:
     def _model_tensors(self) -> list[str]:
         if t5.is_t5(self.config):
             return t5.model_tensors(self._tensors, self.config)
-        tied = self.config["tie_word_embeddings"]
-        return [
-            name
-            for name in self._tensors
-            # inv_freq: a buffer that old files carry and the config implies. A tied head may be stored all the same.
-            if not name.endswith(".rotary_emb.inv_freq") and not (tied and name == "lm_head.weight")
-        ]
+        head = FAMILIES[self.config.get("model_type", "llama")].head_weight
+        if "lm_head.weight" in self._tensors:  # transformers 5 has this name for every family's head
+            self._tensors[head] = self._tensors.pop("lm_head.weight")
+        # A tied head may be stored all the same.
+        return [name for name in self._tensors if not (self.config["tie_word_embeddings"] and name == head)]
 
     def names(self) -> list[str]:
         return list(self._names)

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound=nnx.Module)
 
+# What HF has beside `model` at the top of a model.
+_ROOTS = ("lm_head", "encoder", "decoder", "gpt_neox", "embed_out")
+
 
 class _Layer(NamedTuple):
     """One nf4_dense and the names PEFT has for it: one, or one for each layer of a stack."""
@@ -174,7 +177,7 @@ def module_names(path: tuple[str, ...], num_layers: int | None) -> tuple[str, ..
     The part after `layers` is numbered: ("layers", "mlp", "up_proj") is model.layers.{i}.mlp.up_proj; in a T5 that
     after `block`.
     """
-    outer = path if path[0] in ("lm_head", "encoder", "decoder") else ("model", *path)
+    outer = path if path[0] in _ROOTS else ("model", *path)
     if num_layers is None:
         return (".".join(outer),)
     numbered = next((part for part in outer if part in ("layers", "block")), None)

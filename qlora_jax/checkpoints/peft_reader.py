@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from qlora_jax.checkpoints.families import FAMILIES
 from qlora_jax.checkpoints.tensorfile import StoredTensor, read_header, read_json, read_metadata, read_tensor
 from qlora_jax.errors import UserError
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# PEFT's default where target_modules is null, for LLaMA.
-_DEFAULT_TARGETS = ("q_proj", "v_proj")
+# PEFT's default where target_modules is null. A model has the linears of one family, so that all may stand together.
+_DEFAULT_TARGETS = tuple({target for family in FAMILIES.values() for target in family.targets})
 # Ways of initializing that leave the base as it is; others (PiSSA, OLoRA, CorDA, LoftQ) change its weights.
 _INITIALIZERS = (None, True, False, "gaussian", "eva", "orthogonal")
 # modules_to_save may name these; norms and the like are not read.

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import mmap
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,12 +28,15 @@ class StoredTensor(NamedTuple):
     start: int
 
 
-def read_header(file: Path, also: Collection[str] = ()) -> dict[str, StoredTensor]:
+def read_header(
+    file: Path, also: Collection[str] = (), unread: re.Pattern[str] | None = None
+) -> dict[str, StoredTensor]:
     """Place, shape and dtype of each tensor of a safetensors file.
 
     Args:
       file: the file.
       also: dtypes to accept beside F32, F16 and BF16: some of U8, I8 and F64.
+      unread: names of tensors to leave out, whatever they are.
 
     Raises:
       UserError: the file is damaged or cut short, or a tensor has another dtype.
@@ -41,6 +45,8 @@ def read_header(file: Path, also: Collection[str] = ()) -> dict[str, StoredTenso
     try:
         with safe_open(file, framework="numpy") as opened:
             for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
+                if unread is not None and unread.fullmatch(name):
+                    continue
                 view = opened.get_slice(name)
                 tensors[name] = (tuple(view.get_shape()), str(view.get_dtype()))
         starts = _starts(file)

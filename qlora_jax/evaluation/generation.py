@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.errors import UserError
-from qlora_jax.models.llama import Llama
+from qlora_jax.models.decoder import Decoder
 
 # Shapes are rounded up, so that prompts of many lengths share few compiled programs: widths are 32, 64, ... 512, then
 # multiples of 512; answers have room for a multiple of 64 tokens.
@@ -19,7 +19,7 @@ _ANSWER_STEP = 64
 
 
 def generate(
-    model: Llama,
+    model: Decoder,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -126,7 +126,7 @@ def _generate(
     return answers, lengths
 
 
-def _check(model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float) -> None:
+def _check(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float) -> None:
     vocab, positions = model.config.vocab_size, model.config.max_position_embeddings
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens}", why="an answer has at least one token")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from qlora_jax.checkpoints.bitsandbytes import BitsandbytesCheckpoint
 from qlora_jax.checkpoints.source import Checkpoint
 from qlora_jax.errors import UserError, UserErrors
-from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.config import DecoderTensors
 from qlora_jax.models.t5_config import T5Config
 from qlora_jax.nn.traversal import matching
 
@@ -62,7 +62,7 @@ def check_targets(targets: Sequence[str], linears: Sequence[tuple[str, str]]) ->
             )
 
 
-def check_tensors(checkpoint: Checkpoint, config: LlamaConfig | T5Config) -> None:
+def check_tensors(checkpoint: Checkpoint, config: DecoderTensors | T5Config) -> None:
     """Compares names, shapes and dtypes with what the configuration asks for; reads no tensor.
 
     Raises:
@@ -123,7 +123,7 @@ def _mixed_dtypes(checkpoint: Checkpoint, names: list[str]) -> list[UserError]:
     return []
 
 
-def _sizes(config: LlamaConfig | T5Config) -> str:
+def _sizes(config: DecoderTensors | T5Config) -> str:
     keys: tuple[str, ...] = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
     keys += ("num_key_value_heads", "head_dim")
     if isinstance(config, T5Config):

@@ -48,8 +48,54 @@ class RopeScaling:
     original_max_position_embeddings: int = 8192
 
 
+class DecoderTensors:
+    """The tensors of a decoder's checkpoint, which configurations of families describe by what they override here."""
+
+    num_hidden_layers: int
+
+    def outer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors outside of the blocks, by HF name."""
+        raise NotImplementedError
+
+    def block_vectors(self) -> dict[str, int]:
+        """What a block has beside its linears: tensor names inside it, and lengths."""
+        raise NotImplementedError
+
+    def block_linears(self) -> tuple[str, ...]:
+        """The linears of a block by HF's dotted names inside it: what QLoRA quantizes and adapts."""
+        raise NotImplementedError
+
+    def linear_shape(self, linear: str) -> tuple[int, int]:
+        """`(out, in)` of one of `block_linears`, as checkpoints store it."""
+        raise NotImplementedError
+
+    def has_bias(self, linear: str) -> bool:
+        raise NotImplementedError
+
+    @property
+    def layers_name(self) -> str:
+        """Of the list of blocks."""
+        raise NotImplementedError
+
+    def layer_tensors(self, name: str) -> list[str]:
+        """A tensor's names in all layers."""
+        return [f"{self.layers_name}.{layer}.{name}" for layer in range(self.num_hidden_layers)]
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of a checkpoint of this model, by HF name."""
+        shapes = self.outer_shapes()
+        for name, length in self.block_vectors().items():
+            shapes |= dict.fromkeys(self.layer_tensors(name), (length,))
+        for linear in self.block_linears():
+            shape = self.linear_shape(linear)
+            shapes |= dict.fromkeys(self.layer_tensors(f"{linear}.weight"), shape)
+            if self.has_bias(linear):
+                shapes |= dict.fromkeys(self.layer_tensors(f"{linear}.bias"), shape[:1])
+        return shapes
+
+
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(DecoderTensors):
     """HF's configuration of a LLaMA or the like, as far as it changes what is computed; hashable.
 
     Names and meanings are HF's, but for those explained here.
@@ -100,24 +146,20 @@ class LlamaConfig:
         if types := values.get("layer_types"):
             values["layer_types"] = tuple(types)
         made = cls(**values)
+        check_heads(made.num_attention_heads, made.num_key_value_heads, made.head_dim)
         if made.layer_types is not None and len(made.layer_types) != made.num_hidden_layers:
             raise UserError(
                 f"layer_types of the model names {len(made.layer_types)} layers, num_hidden_layers is "
                 f"{made.num_hidden_layers}",
                 fix="see config.json",
             )
-        if made.num_attention_heads % made.num_key_value_heads:
-            raise UserError(
-                f"num_attention_heads={made.num_attention_heads} of the model is not a multiple of "
-                f"num_key_value_heads={made.num_key_value_heads}",
-                why="each key/value head serves the same number of query heads",
-            )
-        if made.head_dim % 2:
-            raise UserError(f"head_dim={made.head_dim} of the model is odd", why="RoPE rotates pairs of features")
         return made
 
+    @property
+    def rotary_dim(self) -> int:
+        return self.head_dim
+
     def linear_shape(self, linear: str) -> tuple[int, int]:
-        """`(out, in)` of one of `BLOCK_LINEARS`, as checkpoints store it."""
         queries = self.num_attention_heads * self.head_dim
         keys = self.num_key_value_heads * self.head_dim
         return {
@@ -141,14 +183,12 @@ class LlamaConfig:
         return BLOCK_LINEARS
 
     def block_vectors(self) -> dict[str, int]:
-        """What a block has beside its linears: tensor names inside it, and lengths."""
         lengths = dict.fromkeys(("input_layernorm.weight", "post_attention_layernorm.weight"), self.hidden_size)
         if self.qk_norm:
             lengths |= dict.fromkeys(("self_attn.q_norm.weight", "self_attn.k_norm.weight"), self.head_dim)
         return lengths
 
     def outer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors outside of the blocks, by HF name."""
         shapes: dict[str, tuple[int, ...]] = {
             "model.embed_tokens.weight": (self.vocab_size, self.hidden_size),
             "model.norm.weight": (self.hidden_size,),
@@ -157,18 +197,20 @@ class LlamaConfig:
             shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
         return shapes
 
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of a checkpoint of this model, by HF name."""
-        shapes = self.outer_shapes()
-        for layer in range(self.num_hidden_layers):
-            for name, length in self.block_vectors().items():
-                shapes[f"model.layers.{layer}.{name}"] = (length,)
-            for linear in BLOCK_LINEARS:
-                shape = self.linear_shape(linear)
-                shapes[f"model.layers.{layer}.{linear}.weight"] = shape
-                if self.has_bias(linear):
-                    shapes[f"model.layers.{layer}.{linear}.bias"] = shape[:1]
-        return shapes
+    @property
+    def layers_name(self) -> str:
+        return "model.layers"
+
+
+def check_heads(heads: int, kv_heads: int, rotary_dim: int) -> None:
+    """UserError: heads that key/value heads do not divide, or an odd number of features to rotate."""
+    if heads % kv_heads:
+        raise UserError(
+            f"num_attention_heads={heads} of the model is not a multiple of num_key_value_heads={kv_heads}",
+            why="each key/value head serves the same number of query heads",
+        )
+    if rotary_dim % 2:
+        raise UserError(f"head_dim={rotary_dim} of the model is odd", why="RoPE rotates pairs of features")
 
 
 def check_activation(name: str) -> None:

@@ -17,7 +17,9 @@ from qlora_jax.checkpoints.t5 import is_t5
 from qlora_jax.checkpoints.tensorfile import not_finite
 from qlora_jax.errors import UserError
 from qlora_jax.models.checks import check_stored, check_targets, check_tensors
-from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.config import DecoderTensors, LlamaConfig
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.gpt_neox import GPTNeoX, GPTNeoXConfig
 from qlora_jax.models.llama import Llama
 from qlora_jax.models.t5 import T5
 from qlora_jax.models.t5_config import STACKS, T5Config, bias_name
@@ -42,11 +44,11 @@ def load_model(
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> Llama | T5:
+) -> Decoder | T5:
     """Loads a pretrained model for finetuning: the linears of its blocks in 4 bits, all frozen but the adapters.
 
-    A LLaMA, or a model of a family like it (checkpoints/families.py), becomes a `Llama`, an encoder-decoder of the T5
-    family (1.0, 1.1, Flan) a `T5`.
+    A LLaMA, or a model of a family like it (checkpoints/families.py), becomes a `Llama`, a GPT-NeoX (Pythia) a
+    `GPTNeoX`, an encoder-decoder of the T5 family (1.0, 1.1, Flan) a `T5`.
 
     Tensors are read one after the other and quantized as they arrive, by the CPU's kernels straight from the file where
     they are loaded: host memory holds one tensor and what the model keeps, never the model in 16 bits. Linears keep the
@@ -88,9 +90,11 @@ def load_model(
     settings = None if quant_type is None or isinstance(checkpoint, BitsandbytesCheckpoint) else quant_type
     linear = functools.partial(reader.linear, quant_type=settings, block_size=block_size, double_quant=double_quant)
     if isinstance(config, T5Config):
-        model: Llama | T5 = T5(config, _t5_weights(config, reader, linear), dtype)
+        model: Decoder | T5 = T5(config, _t5_weights(config, reader, linear), dtype)
+    elif isinstance(config, GPTNeoXConfig):
+        model = GPTNeoX(config, _decoder_weights(config, reader, linear), dtype)
     else:
-        model = Llama(config, _llama_weights(config, reader, linear), dtype)
+        model = Llama(config, _decoder_weights(config, reader, linear), dtype)
     if rank:
         linears = [name for _, name in block_linears(config)]
         adapters: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "dora": dora}
@@ -98,35 +102,37 @@ def load_model(
     return model
 
 
-def read_shape(checkpoint: Checkpoint) -> LlamaConfig | T5Config:
+def read_shape(checkpoint: Checkpoint) -> LlamaConfig | GPTNeoXConfig | T5Config:
     """The configuration of the model that a checkpoint holds.
 
     Raises:
       UserError: it is not supported.
     """
-    kind = T5Config if is_t5(checkpoint.config) else LlamaConfig
+    if is_t5(checkpoint.config):
+        return T5Config.from_dict(checkpoint.config)
+    kind = GPTNeoXConfig if checkpoint.config.get("model_type") == "gpt_neox" else LlamaConfig
     return kind.from_dict(checkpoint.config)
 
 
-def block_linears(config: LlamaConfig | T5Config) -> list[tuple[str, str]]:
+def block_linears(config: DecoderTensors | T5Config) -> list[tuple[str, str]]:
     """The stacks of blocks and, for each, the dotted names of the linears inside a block."""
     if isinstance(config, T5Config):
         return [(f"{stack}.block", linear) for stack in STACKS for linear in config.block_linears(stack)]
-    return [("layers", linear) for linear in config.block_linears()]
+    return [(config.layers_name.removeprefix("model."), linear) for linear in config.block_linears()]
 
 
-def _llama_weights(config: LlamaConfig, reader: "_Reader", linear: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-    def tensors(name: str) -> list[str]:
-        return [f"model.layers.{layer}.{name}" for layer in range(config.num_hidden_layers)]
-
+def _decoder_weights(
+    config: DecoderTensors, reader: "_Reader", linear: Callable[..., dict[str, Any]]
+) -> dict[str, Any]:
     weights: dict[str, Any] = {}
     for name in config.outer_shapes():
         _put(weights, name.removeprefix("model."), reader.one(name, _as_is))
+    stack = config.layers_name.removeprefix("model.")
     for name in config.block_vectors():
-        _put(weights, f"layers.{name}", reader.stack(tensors(name), _as_is))
+        _put(weights, f"{stack}.{name}", reader.stack(config.layer_tensors(name), _as_is))
     for name in config.block_linears():
-        biases = tensors(f"{name}.bias") if config.has_bias(name) else None
-        _put(weights, f"layers.{name}", linear(tensors(f"{name}.weight"), biases))
+        biases = config.layer_tensors(f"{name}.bias") if config.has_bias(name) else None
+        _put(weights, f"{stack}.{name}", linear(config.layer_tensors(f"{name}.weight"), biases))
     return weights
 
 

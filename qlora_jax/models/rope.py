@@ -1,22 +1,36 @@
 """Rotary position embeddings (arXiv 2104.09864) as HF's LLaMA lays them out: the two halves of a head are rotated."""
 
 import math
+from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.config import RopeScaling
 
 
-def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Angle per position of each pair of features, float32 `[head_dim / 2]`: `theta^(-2i / head_dim)`, scaled.
+class Rotary(Protocol):
+    """What a configuration says of rotary positions: the first `rotary_dim` features of a head are rotated."""
+
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def rotary_dim(self) -> int: ...
+    @property
+    def rope_theta(self) -> float: ...
+    @property
+    def rope_scaling(self) -> RopeScaling | None: ...
+
+
+def inverse_frequencies(config: Rotary) -> np.ndarray:
+    """Angle per position of each pair of features, float32 `[rotary_dim / 2]`: `theta^(-2i / rotary_dim)`, scaled.
 
     "linear" divides all of them by the factor. "llama3" (Llama 3.1) divides those whose wavelength is above
     `original_max_position_embeddings / low_freq_factor`, leaves those below `original / high_freq_factor`, and goes
     from one to the other linearly in between.
     """
-    frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
+    frequencies = config.rope_theta ** (-np.arange(0, config.rotary_dim, 2, dtype=np.float64) / config.rotary_dim)
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies.astype(np.float32)
@@ -31,7 +45,7 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
 
 
 def rotations(
-    positions: Int[Array, "batch seq"], config: LlamaConfig
+    positions: Int[Array, "batch seq"], config: Rotary
 ) -> tuple[Float[Array, "batch seq 1 half"], Float[Array, "batch seq 1 half"]]:
     """Cosines and sines of each position's angles, float32, with an axis for heads."""
     frequencies = jnp.asarray(inverse_frequencies(config)).reshape(1, 1, 1, -1)
@@ -44,6 +58,11 @@ def rotate(
     cos: Float[Array, "batch seq 1 half"],
     sin: Float[Array, "batch seq 1 half"],
 ) -> Float[Array, "batch seq heads dim"]:
-    """Rotates feature pairs (i, i + dim/2) by their angles, in float32; the result has x's dtype."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    """Rotates feature pairs (i, i + half) by their angles, in float32; the result has x's dtype.
+
+    Features after the first `2 * half` are left as they are.
+    """
+    rotated, rest = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
+    first, second = jnp.split(rotated.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return turned if rest.shape[-1] == 0 else jnp.concatenate([turned, rest], axis=-1)

@@ -24,7 +24,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from qlora_jax.errors import UserError
 from qlora_jax.models.attention import visible
-from qlora_jax.models.llama import Embedding, RMSNorm, split_key
+from qlora_jax.models.decoder import Embedding, split_key
+from qlora_jax.models.llama import RMSNorm
 from qlora_jax.models.relative import RelativeBias
 from qlora_jax.models.t5_config import T5Config
 from qlora_jax.models.t5_layers import DecoderBlock, EncoderBlock, Weights

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from qlora_jax.models.llama import RMSNorm, split_key
+from qlora_jax.models.decoder import split_key
+from qlora_jax.models.llama import RMSNorm
 from qlora_jax.models.t5_config import T5Config
 from qlora_jax.nn import nf4_dense
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qlora_jax.checkpoints.source import Checkpoint
     from qlora_jax.data.rendering import Example
 
-_BLOCK_LINEAR = re.compile(r"model\.layers\.\d+\.(.+)\.weight")
+_BLOCK_LINEAR = re.compile(r"(?:.*\.)?layers\.\d+\.(.+)\.weight")
 _SCALE_GROUP = 256  # scales that share one second-level scale under double quantization
 _PROBED_BATCHES = 200
 

@@ -50,7 +50,7 @@ def prepare(config: TrainConfig) -> Prepared:
     check_model(checkpoint, **config.quant.load_arguments())
     sizes = measure_model(checkpoint, config)
     tokenizer = checkpoint.tokenizer()
-    check_vocabulary(tokenizer, checkpoint.shape("model.embed_tokens.weight")[0], config.model.path)
+    check_vocabulary(tokenizer, checkpoint.config["vocab_size"], config.model.path)
     renderer = Renderer(tokenizer, config.data.template)
     dataset = load_dataset(config, renderer)
     epoch = measure_epoch(config, dataset.train)

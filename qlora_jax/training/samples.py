@@ -10,7 +10,7 @@ from qlora_jax.training.run_folder import RunFolder, write_atomically
 if TYPE_CHECKING:
     from qlora_jax.data.formats import Conversation, Message
     from qlora_jax.data.rendering import Renderer
-    from qlora_jax.models.llama import Llama
+    from qlora_jax.models.decoder import Decoder
 
 
 class Samples:
@@ -30,7 +30,7 @@ class Samples:
         self._max_new_tokens = max_new_tokens
         self.turns = [_first_turn(conversation) for conversation in chosen]
 
-    def answer(self, model: "Llama") -> list[str]:
+    def answer(self, model: "Decoder") -> list[str]:
         """Greedy answers of the model as it is now."""
         from qlora_jax.evaluation.generation import generate
 

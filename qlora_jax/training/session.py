@@ -12,7 +12,7 @@ from flax import nnx
 from qlora_jax.checkpoints.state import CheckpointStore
 from qlora_jax.data.loader import Loader, eval_batches
 from qlora_jax.evaluation.perplexity import mean_loss
-from qlora_jax.models.llama import Llama
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.optim import paged_jit
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.dataset import Dataset
@@ -61,7 +61,7 @@ class Session:
         folder: RunFolder,
         progress: Progress,
         *,
-        model: Llama,
+        model: Decoder,
         dataset: Dataset,
         store: CheckpointStore,
         fingerprint: Mapping[str, str],
@@ -96,7 +96,7 @@ class Session:
         self._train_step: Any = None  # compiled at the first batch
         self._eval_step = jax.jit(make_eval_step(self._graphdef))
 
-    def model(self) -> Llama:
+    def model(self) -> Decoder:
         """The model as it is now."""
         return nnx.merge(self._graphdef, self._state.trainable, self._frozen)
 

@@ -21,7 +21,7 @@ from qlora_jax.training.loss import trained_token_losses
 BATCH_KEYS = ("input_ids", "positions", "segment_ids", "loss_mask")
 Batch = Mapping[str, Array]
 
-_HEAD_MODULES = {"lm_head", "embed_tokens"}
+_HEAD_MODULES = {"lm_head", "embed_tokens", "embed_out", "embed_in"}
 
 
 class TrainState(NamedTuple):
@@ -89,7 +89,7 @@ def make_train_step(
 
     Args:
       graphdef: static part of the model, which has `hidden(input_ids, positions=, segment_ids=, rngs=)` and
-        `head(states)` as `qlora_jax.models.llama.Llama` has.
+        `head(states)` as `qlora_jax.models.decoder.Decoder` has.
       optimizer: its `init` made `TrainState.optimizer`.
       schedule: learning rate by the number of steps taken, reported only; the optimizer has its own reference to it.
       dropout_seed: None: no dropout. Else its key is this seed folded with the step and the micro-batch (and, by

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.checkpoints.peft import load_adapter
-from qlora_jax.models.llama import Llama
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.loading import load_model
 from qlora_jax.models.t5 import T5
 from qlora_jax.training.exporting import Trained
@@ -56,6 +56,6 @@ def compare(trained: Trained, out: Path, *, to: str, original: bool) -> Comparis
     return Comparison(float(np.abs(written - wanted).max()), float(np.abs(wanted - before).max()))
 
 
-def _logits(model: Llama | T5, rows: np.ndarray) -> np.ndarray:
-    assert isinstance(model, Llama)  # runs are of decoders
+def _logits(model: Decoder | T5, rows: np.ndarray) -> np.ndarray:
+    assert isinstance(model, Decoder)  # runs are of decoders
     return np.stack([np.asarray(model(jnp.asarray(row[None])))[0] for row in rows])

@@ -1,4 +1,4 @@
-"""A LLaMA that exists in memory only, behind the interface of a checkpoint."""
+"""A model that exists in memory only, behind the interface of a checkpoint."""
 
 import weakref
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.loading import read_shape
 
 CONFIG = {
     "vocab_size": 96,
@@ -37,7 +37,7 @@ class MemoryCheckpoint:
 
     def __init__(self, dtype: Any = ml_dtypes.bfloat16, **changes: Any) -> None:
         self.config = CONFIG | changes
-        self.shapes = LlamaConfig.from_dict(self.config).tensor_shapes()
+        self.shapes = read_shape(self).tensor_shapes()
         self.dtypes = dict.fromkeys(self.shapes, np.dtype(dtype))
         self.change: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
         self.reads: list[str] = []

@@ -19,6 +19,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2, windows in late layers": {"model_type": "qwen2"} | _LATE,
     "qwen3": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
     "qwen3, biases, windows in late layers": {"model_type": "qwen3", "head_dim": 16, "attention_bias": True} | _LATE,
+    "gpt_neox": {"model_type": "gpt_neox", "hidden_act": "gelu"},
+    "gpt_neox, one after the other": {
+        "model_type": "gpt_neox",
+        "hidden_act": "gelu_new",
+        "use_parallel_residual": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5},
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+    },
 }
 
 

@@ -1,12 +1,15 @@
 """What the families' differences do, without torch; test_families_interop.py holds them against transformers."""
 
 import functools
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 
 from qlora_jax.checkpoints.families import FAMILIES, normalised
 from qlora_jax.models.loading import load_model
@@ -106,3 +109,37 @@ def test_windows_of_each_family() -> None:
     assert windows(**late | {"max_window_layers": 0}, use_sliding_window=True) == (7, None)
     assert windows(**late | {"max_window_layers": 3}, use_sliding_window=True) == (None, None)
     assert windows(**late, use_sliding_window=True, layer_types=mixed[::-1]) == (7, mixed[::-1])
+
+
+NEOX = {"model_type": "gpt_neox", "layer_norm_eps": 1e-5, "hidden_act": "gelu", "partial_rotary_factor": 0.25}
+
+
+def test_gpt_neox_packs_caches_and_adapts(memory_checkpoint) -> None:
+    model = load_model(memory_checkpoint(**NEOX, attention_bias=True), rank=4, targets=["query_key_value"])
+    assert model.gpt_neox.layers.attention.query_key_value.lora_a.get_value().shape == (3, 64, 4)
+    assert model.gpt_neox.layers.mlp.dense_h_to_4h.rank == 0
+    model.dtype = jnp.dtype(jnp.float32)
+    ids = np.random.default_rng(0).integers(0, 96, (1, 20)).astype(np.int32)
+    alone = logits(model, ids)
+    packed = logits(model, np.concatenate([ids[:, :9], ids], 1), segment_ids=np.repeat([7, 1], [9, 20])[None])
+    np.testing.assert_allclose(packed[:, 9:], alone, atol=2e-5)
+    cached, cache = run(*nnx.split(model), jnp.asarray(ids[:, :12]), {"cache": model.init_cache(1, 20)})
+    rest, _ = run(*nnx.split(model), jnp.asarray(ids[:, 12:]), {"cache": cache})
+    np.testing.assert_allclose(np.concatenate([cached, rest], 1), alone, atol=2e-5)
+
+
+def test_buffers_of_old_gpt_neox_files_are_not_read(memory_checkpoint, tmp_path: Path) -> None:
+    """And the head has one name, whichever version of transformers wrote it."""
+    checkpoint = memory_checkpoint(**NEOX, architectures=["GPTNeoXForCausalLM"], attention_bias=True)
+    (tmp_path / "config.json").write_text(json.dumps(checkpoint.config))
+    tensors = {name: checkpoint.values(name) for name in checkpoint.names()}
+    tensors["lm_head.weight"] = tensors.pop("embed_out.weight")
+    for layer in range(3):
+        prefix = f"gpt_neox.layers.{layer}.attention"
+        tensors[f"{prefix}.bias"] = np.ones((1, 1, 16, 16), bool)
+        tensors[f"{prefix}.masked_bias"] = np.array(-1e9, np.float32)
+        tensors[f"{prefix}.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = load_model(tmp_path)
+    np.testing.assert_array_equal(model.embed_out.weight.get_value(), tensors["lm_head.weight"])
+    assert model.gpt_neox.layers.attention.dense.bias.get_value().shape == (3, 64)
