@@ -71,7 +71,7 @@ CHECKPOINTS = {
     "index": (lambda f: (f / INDEX).write_text("[]"), "holds no JSON object"),
     "shape": (
         lambda f: edit_json(f / "config.json", intermediate_size=160),
-        "has shape (192, 128), expected (160, 128)",
+        "have shape (192, 128), expected (160, 128)",
     ),
     "layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=3), "9 tensors are missing"),
     "heads": (lambda f: edit_json(f / "config.json", num_attention_heads="four"), "num_attention_heads ('four')"),

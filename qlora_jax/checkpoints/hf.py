@@ -1,4 +1,4 @@
-"""HF folders: config.json, safetensors (one file, or shards under an index), tokenizer files."""
+"""HF folders: config.json, safetensors (one file, or shards with or without an index), tokenizer files."""
 
 import re
 from pathlib import Path
@@ -20,6 +20,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "tokeni
 _FETCHED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "spiece.model"]
 # Buffers that old files carry and the configuration implies; masks among them are stored as BOOL or U8.
 _BUFFERS = re.compile(r".*\.(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias)")
+_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 _NOT_FETCHED = ["original/*", "consolidated*", "onnx/*"]
 
 
@@ -200,10 +201,40 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
                 )
             shards[file] = held
         return shards
+    if numbered := _numbered(folder):
+        return dict.fromkeys(numbered)
     if pickles := sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")]):
         raise UserError(
             f"{folder} has weights only as pickles ({pickles[0].name})",
             why="reading a pickle runs the code inside it, and needs torch",
             fix="convert it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER) in transformers",
         )
-    raise UserError(f"no weights in {folder}", why="it has neither model.safetensors nor an index of shards")
+    raise UserError(f"no weights in {folder}", why="it has neither model.safetensors nor shards")
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """The shards of a folder that has no index, by the numbers in their names.
+
+    Raises:
+      UserError: a number is missing, or there are shards of several sets.
+    """
+    found = {file.name: match for file in folder.iterdir() if (match := _SHARD.fullmatch(file.name))}
+    if not found:
+        return []
+    first, *others = sorted({(match[1], match[3]) for match in found.values()})
+    if others:
+        raise UserError(
+            f"{folder} has shards of several sets: {first[0]}-*-of-{first[1]} and {others[0][0]}-*-of-{others[0][1]}",
+            why="there is no index that says which of them are the model",
+            fix="leave one set, or fetch model.safetensors.index.json",
+        )
+    names = [
+        f"{first[0]}-{number:0{len(first[1])}d}-of-{first[1]}.safetensors" for number in range(1, int(first[1]) + 1)
+    ]
+    if missing := [name for name in names if name not in found]:
+        raise UserError(
+            f"missing shard: {folder / missing[0]}" + (f" ({len(missing)} are missing)" if len(missing) > 1 else ""),
+            why=f"{sorted(found)[0]} says that there are {int(count)}",
+            fix="fetch the folder again",
+        )
+    return [folder / name for name in names]

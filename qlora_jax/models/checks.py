@@ -11,7 +11,7 @@ from qlora_jax.models.config import DecoderTensors
 from qlora_jax.models.t5_config import T5Config
 from qlora_jax.nn.traversal import matching
 
-_NAMED_AT_MOST = 5
+_LAYERS_NAMED = 4
 _LAYER = re.compile(r"(?<=layers\.)\d+|(?<=\bblock\.)\d+")
 
 
@@ -71,37 +71,47 @@ def check_tensors(checkpoint: Checkpoint, config: DecoderTensors | T5Config) -> 
     expected = config.tensor_shapes()
     names = checkpoint.names()
     errors = []
-    if missing := [name for name in expected if name not in set(names)]:
+    missing = [name for name in expected if name not in set(names)]
+    unexpected = [name for name in names if name not in expected]
+    if missing:
         errors.append(
             UserError(
-                f"{len(missing)} tensors are missing in {checkpoint.path}: {_some(missing)}",
+                f"{len(missing)} tensors are missing in {checkpoint.path}: {_listed(missing, unexpected)}",
                 why="the model's configuration asks for them",
                 fix="fetch the checkpoint again; config.json and the weights must belong together",
             )
         )
-    if unexpected := [name for name in names if name not in expected]:
+    if unexpected:
+        listing = _listed(unexpected, missing or list(expected))
         errors.append(
             UserError(
-                f"{len(unexpected)} tensors of {checkpoint.path} have no place in the model: {_some(unexpected)}",
+                f"{len(unexpected)} tensors of {checkpoint.path} have no place in the model: {listing}",
                 why="leaving them out would compute something else than the model they belong to",
-                fix="config.json and the weights must belong together, and be a plain LLaMA or T5",
+                fix="config.json and the weights must belong together, and be a plain model of its family",
             )
         )
     there = [name for name in names if name in expected]
-    wrong = [name for name in there if tuple(checkpoint.shape(name)) != expected[name]]
+    wrong: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
+    for name in there:
+        if tuple(checkpoint.shape(name)) != expected[name]:
+            wrong.setdefault((tuple(checkpoint.shape(name)), expected[name]), []).append(name)
     errors += [
         UserError(
-            f"tensor {name!r} of {checkpoint.path} has shape {checkpoint.shape(name)}, expected {expected[name]}",
+            f"{_subject(alike, checkpoint)} shape {found}, expected {wanted}",
             why=f"that is what the model's configuration says ({_sizes(config)})",
             fix="config.json and the weights must belong together",
         )
-        for name in wrong[:_NAMED_AT_MOST]
+        for (found, wanted), alike in wrong.items()
     ]
-    if len(wrong) > _NAMED_AT_MOST:
-        errors.append(UserError(f"... and {len(wrong) - _NAMED_AT_MOST} more tensors of another shape"))
     errors += _mixed_dtypes(checkpoint, there)
     if errors:
         raise errors[0] if len(errors) == 1 else UserErrors(errors)
+
+
+def _subject(names: Sequence[str], checkpoint: Checkpoint) -> str:
+    if len(names) == 1:
+        return f"tensor {names[0]!r} of {checkpoint.path} has"
+    return f"tensors {_listed(names)} of {checkpoint.path} have"
 
 
 def _mixed_dtypes(checkpoint: Checkpoint, names: list[str]) -> list[UserError]:
@@ -131,6 +141,16 @@ def _sizes(config: DecoderTensors | T5Config) -> str:
     return ", ".join(f"{key}={getattr(config, key)}" for key in keys)
 
 
-def _some(names: list[str]) -> str:
-    rest = len(names) - _NAMED_AT_MOST
-    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {rest} more" if rest > 0 else "")
+def _listed(names: Sequence[str], others: Sequence[str] = ()) -> str:
+    """All of some tensors, those of several layers under one name, each with the nearest of others."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_LAYER.sub("{}", name, count=1), []).append(name)
+    parts = []
+    for pattern, group in groups.items():
+        layers = sorted((match[0] for name in group if (match := _LAYER.search(name))), key=int)
+        many = f"{{{','.join(layers)}}}" if len(layers) <= _LAYERS_NAMED else f"{{{len(layers)} layers}}"
+        shown = group[0] if len(group) == 1 else pattern.replace("{}", many)
+        near = difflib.get_close_matches(group[0], others, n=1, cutoff=0.7)
+        parts.append(shown + (f" (nearest: {near[0]})" if near else ""))
+    return ", ".join(parts)

@@ -216,6 +216,20 @@ def test_missing_shard(tiny_folder):
     assert "model-00002-of-00003.safetensors" in text
 
 
+def test_shards_without_an_index(tiny_folder):
+    expected = shard(tiny_folder)
+    (tiny_folder / "model.safetensors.index.json").unlink()
+    assert_same_bits(open_checkpoint(tiny_folder), expected)
+    other = tiny_folder / "model-00001-of-00002.safetensors"
+    shutil.copy(tiny_folder / "model-00001-of-00003.safetensors", other)
+    assert "shards of several sets" in message(tiny_folder)
+    other.unlink()
+    (tiny_folder / "model-00002-of-00003.safetensors").unlink()
+    text = message(tiny_folder)
+    assert "missing shard" in text
+    assert "model-00002-of-00003.safetensors" in text
+
+
 def test_tensor_missing_in_its_shard(tiny_folder):
     shard(tiny_folder)
     file = tiny_folder / "model-00001-of-00003.safetensors"

@@ -215,6 +215,28 @@ def test_all_that_does_not_fit_is_named_at_once_and_nothing_is_read(memory_check
     assert not checkpoint.reads
 
 
+def test_what_does_not_fit_is_named_with_the_nearest_name(memory_checkpoint) -> None:
+    """All of it: what is alike in many layers is one entry."""
+    checkpoint = memory_checkpoint(num_hidden_layers=6)
+    for layer in range(6):
+        prefix = f"model.layers.{layer}"
+        checkpoint.shapes[f"{prefix}.mlp.up.weight"] = checkpoint.shapes.pop(f"{prefix}.mlp.up_proj.weight")
+        checkpoint.shapes[f"{prefix}.input_layernorm.weight"] = (65,)
+        checkpoint.dtypes[f"{prefix}.mlp.up.weight"] = np.dtype(ml_dtypes.bfloat16)
+    for layer in (1, 4):
+        checkpoint.shapes[f"model.layers.{layer}.self_attn.o_proj.weight"] = (32, 64)
+    with pytest.raises(UserError) as caught:
+        load_model(checkpoint)
+    message = str(caught.value)
+    up = "model.layers.{6 layers}.mlp"
+    assert f"6 tensors are missing in memory: {up}.up_proj.weight (nearest: model.layers.0.mlp.up.weight)" in message
+    assert f"no place in the model: {up}.up.weight (nearest: model.layers.0.mlp.up_proj.weight)" in message
+    assert (
+        "tensors model.layers.{6 layers}.input_layernorm.weight of memory have shape (65,), expected (64,)" in message
+    )
+    assert "tensors model.layers.{1,4}.self_attn.o_proj.weight of memory have shape (32, 64)" in message
+
+
 @pytest.mark.parametrize("quant_type", ["nf4", None])
 @pytest.mark.parametrize(
     "name",
