@@ -228,9 +228,8 @@ def _numbered(folder: Path) -> list[Path]:
             why="there is no index that says which of them are the model",
             fix="leave one set, or fetch model.safetensors.index.json",
         )
-    names = [
-        f"{first[0]}-{number:0{len(first[1])}d}-of-{first[1]}.safetensors" for number in range(1, int(first[1]) + 1)
-    ]
+    start, count = first
+    names = [f"{start}-{number:0{len(count)}d}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
     if missing := [name for name in names if name not in found]:
         raise UserError(
             f"missing shard: {folder / missing[0]}" + (f" ({len(missing)} are missing)" if len(missing) > 1 else ""),
