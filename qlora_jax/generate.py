@@ -178,6 +178,7 @@ def _load(source: _Source, options: argparse.Namespace) -> Callable[[_Turns], st
 
 def _reply(model: "Decoder", renderer: "Renderer", messages: "list[Message]", options: argparse.Namespace) -> str:
     from qlora_jax.evaluation.generation import generate
+    from qlora_jax.evaluation.sampling import Sampling
 
     prompt = renderer.prompt(messages)
     positions = model.config.max_position_embeddings
@@ -193,7 +194,7 @@ def _reply(model: "Decoder", renderer: "Renderer", messages: "list[Message]", op
         model,
         [prompt],
         max_new_tokens=limit,
-        temperature=options.temperature,
+        sampling=Sampling(temperature=options.temperature),
         seed=options.seed,
         eos_ids=renderer.stop_ids,
     )[0]

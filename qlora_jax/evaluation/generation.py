@@ -1,21 +1,30 @@
-"""Answers token by token: one compiled loop over a cache of keys and values."""
+"""Answers token by token: a compiled loop over a cache of keys and values, which the host may look into."""
 
 import functools
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from qlora_jax.errors import UserError
+from qlora_jax.evaluation.sampling import GREEDY, Sampling, next_tokens, row_keys, tokens_seen
 from qlora_jax.models.decoder import Decoder
 
 # Shapes are rounded up, so that prompts of many lengths share few compiled programs: widths are 32, 64, ... 512, then
 # multiples of 512; answers have room for a multiple of 64 tokens.
 _WIDTHS = 32, 512
 _ANSWER_STEP = 64
+# Someone who watches sees new tokens about as often as this, up to so many at once.
+_GLANCE_SECONDS = 0.1
+_GLANCE_TOKENS = 64
+
+# Given the answers so far, says which rows (by number) need no more tokens.
+Watch = Callable[[list[list[int]]], Collection[int]]
 
 
 def generate(
@@ -23,9 +32,11 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
+    sampling: Sampling = GREEDY,
     seed: int = 0,
     eos_ids: Collection[int] = (),
+    row_numbers: Sequence[int] | None = None,
+    watch: Watch | None = None,
 ) -> list[list[int]]:
     """Continues each prompt until a stop token or `max_new_tokens`.
 
@@ -36,102 +47,169 @@ def generate(
       model: the model, with or without adapters.
       prompts: token ids, at least one in each.
       max_new_tokens: longest answer.
-      temperature: 0: the most likely token each time; above: sampled from `softmax(logits / temperature)`.
+      sampling: how tokens are chosen; default: the most likely one each time.
       seed: decides what is sampled; the same seed gives the same answers.
       eos_ids: tokens that end an answer.
+      row_numbers: with the seed they decide what each prompt samples; default: 0, 1, 2 ...
+      watch: called several times a second with the answers so far. The loop is then left and entered again in between,
+        in the same compiled program.
 
     Returns:
-      The new tokens of each prompt, without the stop token.
+      The new tokens of each prompt, without the stop token. A row that `watch` ended may have a few more than it saw.
 
     Raises:
-      UserError: an empty prompt, a token outside the vocabulary, a temperature below 0, or more tokens than the model
+      UserError: an empty prompt, a token outside the vocabulary, sampling out of range, or more tokens than the model
         has positions.
     """
     if not prompts:
         return []
-    _check(model, prompts, max_new_tokens, temperature)
+    sampling = sampling.checked()
+    _check(model, prompts, max_new_tokens)
     rows = _power_of_two(len(prompts))
     width = _padded_width(max(len(prompt) for prompt in prompts))
     tokens, segments = np.zeros((2, rows, width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, width - len(prompt) :] = prompt
         segments[row, width - len(prompt) :] = 1
-    graphdef, state = nnx.split(model)
-    answers, lengths = _generate(
-        graphdef,
-        state,
-        tokens,
-        segments,
-        np.arange(rows) >= len(prompts),
-        np.asarray(sorted(eos_ids), np.int32),
-        np.int32(max_new_tokens),
-        np.float32(temperature),
-        jax.random.key(seed),
-        capacity=_multiple(max_new_tokens, _ANSWER_STEP),
-        greedy=temperature == 0,
-    )
-    answers, lengths = np.asarray(answers), np.asarray(lengths)
-    return [answers[row, : lengths[row]].tolist() for row in range(len(prompts))]
+    numbers = np.zeros(rows, np.int32)
+    numbers[: len(prompts)] = range(len(prompts)) if row_numbers is None else row_numbers
+    rules = _Rules(sampling, jax.random.key(seed), jnp.asarray(numbers), jnp.asarray(sorted(eos_ids), jnp.int32))
+    graphdef, state = nnx.split(_with_wide_head(model))
+    capacity = _multiple(max_new_tokens, _ANSWER_STEP)
+    stopped = np.arange(rows) >= len(prompts)
+    written = _begin(graphdef, state, tokens, segments, stopped, rules, capacity=capacity)
+    # Without a watch, and but for the first token, one call.
+    glance = 1 if watch else max_new_tokens
+    while True:
+        answers = _answers(written, len(prompts))
+        if watch is not None:
+            stopped[list(watch(answers))] = True
+        step = int(written.step)
+        if step >= max_new_tokens or (np.asarray(written.done) | stopped).all():
+            return answers
+        began = time.monotonic()
+        written = _continue(graphdef, state, written, stopped, rules, np.int32(min(step + glance, max_new_tokens)))
+        written.step.block_until_ready()
+        took = time.monotonic() - began
+        if watch is not None:
+            glance = max(1, glance // 2) if took > _GLANCE_SECONDS else min(2 * glance, _GLANCE_TOKENS)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "capacity", "greedy"))
-def _generate(
+class _Rules(NamedTuple):
+    sampling: Sampling
+    key: PRNGKeyArray
+    row_numbers: Int[Array, " batch"]
+    eos_ids: Int[Array, " stops"]
+
+
+class _Written(NamedTuple):
+    """A batch of answers, as far as they are written."""
+
+    step: Int[Array, ""]  # tokens written in each row
+    token: Int[Array, " batch"]  # the last one, which the model has not read
+    cache: Any  # of all before it
+    answers: Int[Array, "batch capacity"]
+    lengths: Int[Array, " batch"]  # tokens before each row's stop token
+    done: Bool[Array, " batch"]
+    seen: Bool[Array, "batch vocab"] | None  # tokens of prompt and answer, where a penalty asks for them
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "capacity"))
+def _begin(
     graphdef: nnx.GraphDef,
     state: nnx.State,
     tokens: Int[Array, "batch width"],
     segments: Int[Array, "batch width"],
     done: Bool[Array, " batch"],
-    eos_ids: Int[Array, " stops"],
-    max_new_tokens: Int[Array, ""],
-    temperature: Float[Array, ""],
-    key: Array,
+    rules: _Rules,
     *,
     capacity: int,
-    greedy: bool,
-) -> tuple[Int[Array, "batch capacity"], Int[Array, " batch"]]:
-    """New tokens, and how many of each row precede its stop token."""
+) -> _Written:
+    """Reads the prompts and writes the first token of each answer."""
     model = nnx.merge(graphdef, state)
-    rows = jnp.arange(tokens.shape[0])
-
-    def pick(h: Array, step: Array | int) -> Int[Array, " batch"]:
-        logits = model.head(h)
-        if greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        # A key for each row and step: a row's sample does not depend on how many rows there are.
-        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, step)))(rows)
-        return jax.vmap(jax.random.categorical)(keys, logits / temperature).astype(jnp.int32)
-
-    def record(step: Array | int, token: Array, answers: Array, lengths: Array, done: Array) -> tuple[Array, ...]:
-        answers = jax.lax.dynamic_update_slice(answers, token[:, None], (0, step))
-        done = done | (token[:, None] == eos_ids[None, :]).any(axis=-1)
-        return answers, lengths + ~done, done
-
-    def going_on(carry: tuple) -> Array:
-        step, _, _, _, _, done = carry
-        return (step < max_new_tokens) & ~done.all()
-
-    def step_once(carry: tuple) -> tuple:
-        step, token, cache, answers, lengths, done = carry
-        h, cache = model.hidden(token[:, None], cache=cache)
-        token = pick(h[:, 0], step)
-        return step + 1, token, cache, *record(step, token, answers, lengths, done)
-
-    cache = model.init_cache(tokens.shape[0], tokens.shape[1] + capacity)
-    h, cache = model.hidden(tokens, segment_ids=segments, cache=cache)
-    first = pick(h[:, -1], 0)
-    answers = jnp.zeros((tokens.shape[0], capacity), jnp.int32)
-    lengths = jnp.zeros(tokens.shape[0], jnp.int32)
-    start = jnp.int32(1), first, cache, *record(0, first, answers, lengths, done)
-    _, _, _, answers, lengths, _ = jax.lax.while_loop(going_on, step_once, start)
-    return answers, lengths
+    batch = tokens.shape[0]
+    h, cache = model.hidden(tokens, segment_ids=segments, cache=model.init_cache(batch, tokens.shape[1] + capacity))
+    penalized = rules.sampling.repetition_penalty is not None
+    start = _Written(
+        step=jnp.int32(0),
+        token=jnp.zeros(batch, jnp.int32),
+        cache=cache,
+        answers=jnp.zeros((batch, capacity), jnp.int32),
+        lengths=jnp.zeros(batch, jnp.int32),
+        done=done,
+        seen=tokens_seen(tokens, model.config.vocab_size, segments > 0) if penalized else None,
+    )
+    return _write(model, h[:, -1], start, rules)
 
 
-def _check(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float) -> None:
+@functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("written",))
+def _continue(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    written: _Written,
+    stopped: Bool[Array, " batch"],
+    rules: _Rules,
+    until: Int[Array, ""],
+) -> _Written:
+    """Writes on until `until` tokens are written or every row is done; rows that are `stopped` get no more."""
+    model = nnx.merge(graphdef, state)
+
+    def write_one(written: _Written) -> _Written:
+        h, cache = model.hidden(written.token[:, None], cache=written.cache)
+        return _write(model, h[:, 0], written._replace(cache=cache), rules)
+
+    return jax.lax.while_loop(
+        lambda written: (written.step < until) & ~written.done.all(),
+        write_one,
+        written._replace(done=written.done | stopped),
+    )
+
+
+def _write(model: Decoder, h: Array, written: _Written, rules: _Rules) -> _Written:
+    """Chooses the token after the states h `[batch, embed]` in each row."""
+    step, sampling = written.step, rules.sampling
+    keys = None if sampling.temperature is None else row_keys(rules.key, rules.row_numbers, step)
+    logits = model.head(h.astype(jnp.float32) if _head_is_wide() else h)
+    token = next_tokens(logits, sampling, written.seen, keys)
+    done = written.done | (token[:, None] == rules.eos_ids[None, :]).any(axis=-1)
+    return _Written(
+        step=step + 1,
+        token=token,
+        cache=written.cache,
+        answers=jax.lax.dynamic_update_slice(written.answers, token[:, None], (0, step)),
+        lengths=written.lengths + ~done,
+        done=done,
+        seen=None if written.seen is None else written.seen | tokens_seen(token[:, None], written.seen.shape[1]),
+    )
+
+
+def _head_is_wide() -> bool:
+    """Whether the head is multiplied in float32: XLA does so on a CPU, whatever the dtypes."""
+    return jax.default_backend() == "cpu"
+
+
+def _with_wide_head(model: Decoder) -> Decoder:
+    """The model with the values of its head in float32, where the head is wide.
+
+    XLA would make that copy each time a compiled program is entered: as long as several tokens take.
+    """
+    table = model.head_embedding().weight.get_value()
+    if not _head_is_wide() or table.dtype == model.dtype == jnp.float32:
+        return model
+    model = nnx.clone(model)
+    model.head_embedding().weight.set_value(table.astype(model.dtype).astype(jnp.float32))
+    return model
+
+
+def _answers(written: _Written, rows: int) -> list[list[int]]:
+    answers, lengths = np.asarray(written.answers), np.asarray(written.lengths)
+    return [answers[row, : lengths[row]].tolist() for row in range(rows)]
+
+
+def _check(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     vocab, positions = model.config.vocab_size, model.config.max_position_embeddings
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens}", why="an answer has at least one token")
-    if not temperature >= 0:
-        raise UserError(f"temperature={temperature}", why="0 is greedy, above 0 is sampled", fix="temperature=0")
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {number} is empty", why="the first token is predicted from the prompt")

@@ -71,6 +71,9 @@ class Sampling(NamedTuple):
         return Sampling(**rules)
 
 
+GREEDY = Sampling()
+
+
 def next_tokens(
     logits: Float[Array, "batch vocab"],
     sampling: Sampling,

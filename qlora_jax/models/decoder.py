@@ -92,9 +92,13 @@ class Decoder(nnx.Module):
         """What stands between the last block and the head."""
         raise NotImplementedError
 
+    def head_embedding(self) -> Embedding:
+        """What the head multiplies by: the embedding of the input, where they are tied."""
+        raise NotImplementedError
+
     def head(self, h: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """float32 logits of states from `hidden`."""
-        raise NotImplementedError
+        return self.head_embedding().attend(h)
 
     def __call__(
         self,

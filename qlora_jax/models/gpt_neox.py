@@ -237,5 +237,5 @@ class GPTNeoX(Decoder):
     def last_norm(self, h: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
         return self.gpt_neox.final_layer_norm(h)
 
-    def head(self, h: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
-        return (self.embed_out or self.gpt_neox.embed_in).attend(h)
+    def head_embedding(self) -> Embedding:
+        return self.embed_out or self.gpt_neox.embed_in

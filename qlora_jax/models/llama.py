@@ -168,5 +168,5 @@ class Llama(Decoder):
     def last_norm(self, h: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
         return self.norm(h)
 
-    def head(self, h: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
-        return (self.lm_head or self.embed_tokens).attend(h)
+    def head_embedding(self) -> Embedding:
+        return self.lm_head or self.embed_tokens

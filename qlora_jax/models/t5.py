@@ -175,11 +175,15 @@ class T5(nnx.Module):
         h = scan_layers(self.encoder.block, h, bias, mask, rngs=rngs, remat=self.remat)
         return self.encoder.final_layer_norm(h)
 
+    def head_embedding(self) -> Embedding:
+        """What the head multiplies by: the embedding of the input, where they are tied."""
+        return self.lm_head or self.shared
+
     def head(self, h: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """float32 logits of states from `hidden` or `decode`."""
         if self.config.scale_decoder_outputs:
             h = h * jnp.asarray(self.config.d_model**-0.5, h.dtype)
-        return (self.lm_head or self.shared).attend(h)
+        return self.head_embedding().attend(h)
 
     def init_cache(
         self,

@@ -37,9 +37,7 @@ class Samples:
         prompts = [self._renderer.prompt(messages) for messages, _ in self.turns]
         if not prompts:
             return []
-        answers = generate(
-            model, prompts, max_new_tokens=self._max_new_tokens, temperature=0.0, eos_ids=self._renderer.stop_ids
-        )
+        answers = generate(model, prompts, max_new_tokens=self._max_new_tokens, eos_ids=self._renderer.stop_ids)
         return [str(self._renderer.tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in answers]
 
     def pair(self, before: Sequence[str], after: Sequence[str]) -> list[Sample]:

@@ -1,6 +1,7 @@
 """generate: the compiled loop with its cache against reading everything anew for each token."""
 
 import functools
+import itertools
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 from qlora_jax.errors import UserError
 from qlora_jax.evaluation import generation
 from qlora_jax.evaluation.generation import generate
+from qlora_jax.evaluation.sampling import Sampling
 from qlora_jax.models.llama import Llama
 from qlora_jax.models.loading import load_model
 
@@ -56,31 +58,92 @@ def test_each_row_stops_at_its_own_stop_token(model: Llama) -> None:
 
 
 def test_samples_follow_seed_and_temperature(model: Llama) -> None:
-    sample = functools.partial(generate, model, max_new_tokens=20, temperature=1.0)
+    sample = functools.partial(generate, model, max_new_tokens=20, sampling=Sampling(1.0))
     first = sample(PROMPTS, seed=0)
     assert first == sample(PROMPTS, seed=0)
     assert first != sample(PROMPTS, seed=1)
     assert first[:1] == sample(PROMPTS[:1], seed=0)
     assert all(0 <= token < 256 for answer in first for token in answer)
     # The colder, the closer to greedy.
-    assert generate(model, PROMPTS, max_new_tokens=8, temperature=1e-4) == generate(model, PROMPTS, max_new_tokens=8)
+    assert generate(model, PROMPTS, max_new_tokens=8, sampling=Sampling(1e-4)) == generate(
+        model, PROMPTS, max_new_tokens=8
+    )
 
 
 def test_sampled_tokens_have_the_models_probabilities(model: Llama) -> None:
     logits = np.asarray(model(np.asarray([PROMPTS[0]], np.int32)))[0, -1] * 24
     expected = np.exp(logits - logits.max())
     expected /= expected.sum()
-    draws = generate(model, [PROMPTS[0]] * 2048, max_new_tokens=1, temperature=1 / 24)
+    draws = generate(model, [PROMPTS[0]] * 2048, max_new_tokens=1, sampling=Sampling(1 / 24))
     counts = np.bincount([draw[0] for draw in draws], minlength=256) / 2048
     assert 0.5 * np.abs(counts - expected).sum() < 0.1  # total variation
 
 
+def test_a_prompt_samples_by_its_number_whatever_the_batch(model: Llama) -> None:
+    sample = functools.partial(generate, model, max_new_tokens=8, sampling=Sampling(1.0), seed=5)
+    together = sample(PROMPTS)
+    assert sample(PROMPTS[::-1], row_numbers=[2, 1, 0]) == together[::-1]
+    assert [sample([prompt], row_numbers=[i])[0] for i, prompt in enumerate(PROMPTS)] == together
+
+
+def test_a_penalty_over_prompt_and_answer_leaves_no_token_twice(model: Llama) -> None:
+    """So large a penalty forbids what was seen; also in a batch, where padding must not count as seen."""
+    sampling = Sampling(repetition_penalty=1e9)
+    answers = generate(model, PROMPTS, max_new_tokens=24, sampling=sampling)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        assert len(set(answer)) == 24
+        assert not set(answer) & set(prompt)
+    assert generate(model, PROMPTS[1:2], max_new_tokens=24, sampling=sampling) == answers[1:2]
+    # Token 0 is what prompts are padded with: of two models that would write it first, neither is kept from it.
+    biased = nnx.clone(model)
+    head = biased.lm_head.weight
+    state = model.hidden(jnp.asarray([PROMPTS[1]]))[0, -1]
+    head.set_value(head.get_value().at[0].set((100 * state).astype(head.get_value().dtype)))
+    assert generate(biased, PROMPTS[1:2], max_new_tokens=1, sampling=sampling) == [[0]]
+
+
+def test_who_watches_sees_answers_grow_and_changes_nothing(model: Llama) -> None:
+    looks: list[list[list[int]]] = []
+    whole = generate(model, PROMPTS, max_new_tokens=40)
+    before = generation._continue._cache_size()
+    assert generate(model, PROMPTS, max_new_tokens=40, watch=lambda answers: looks.append(answers) or ()) == whole
+    assert generation._continue._cache_size() == before
+    assert len(looks) >= 4
+    assert [len(answer) for answer in looks[0]] == [1, 1, 1]
+    assert looks[-1] == whole
+    for earlier, later in itertools.pairwise(looks):
+        assert all(b[: len(a)] == a for a, b in zip(earlier, later, strict=True))
+
+
+def test_who_watches_ends_rows(model: Llama) -> None:
+    whole = generate(model, PROMPTS, max_new_tokens=40)
+    looks = []
+
+    def enough_of_row_0(answers):
+        looks.append(answers)
+        return [0] if len(answers[0]) >= 3 else []
+
+    answers = generate(model, PROMPTS, max_new_tokens=40, watch=enough_of_row_0)
+    assert answers[1:] == whole[1:]
+    assert answers[0] == whole[0][: len(answers[0])]
+    assert 3 <= len(answers[0]) < 40
+    assert generate(model, PROMPTS, max_new_tokens=40, watch=lambda answers: range(3)) == [a[:1] for a in whole]
+
+
+def test_a_16_bit_head_in_float32_multiplies_the_same_values(golden_dir: Path) -> None:
+    model = load_model(golden_dir / "interop" / "tiny_llama_bf16", dtype=jnp.bfloat16)
+    wide = generation._with_wide_head(model)
+    h = model.hidden(jnp.asarray([PROMPTS[0]]))
+    np.testing.assert_allclose(wide.head(h.astype(jnp.float32)), model.head(h), rtol=1e-5, atol=1e-5)
+    assert model.lm_head.weight.get_value().dtype == jnp.bfloat16
+
+
 def test_prompts_of_many_lengths_share_one_program(model: Llama) -> None:
     generate(model, [[1, 2]], max_new_tokens=5)
-    before = generation._generate._cache_size()
+    sizes = [program._cache_size() for program in (generation._begin, generation._continue)]
     for length in (1, 2, 17, 32):
         generate(model, [list(range(length))], max_new_tokens=length + 5, eos_ids=())
-    assert generation._generate._cache_size() == before
+    assert [program._cache_size() for program in (generation._begin, generation._continue)] == sizes
 
 
 def test_refusals(model: Llama) -> None:
@@ -94,6 +157,6 @@ def test_refusals(model: Llama) -> None:
     with pytest.raises(UserError, match=r"(?s)128 positions.*max_new_tokens=28"):
         generate(model, [[1] * 100], max_new_tokens=29)
     with pytest.raises(UserError, match="temperature"):
-        generate(model, [[1]], max_new_tokens=3, temperature=-1.0)
+        generate(model, [[1]], max_new_tokens=3, sampling=Sampling(-1.0))
     with pytest.raises(UserError, match="max_new_tokens=0"):
         generate(model, [[1]], max_new_tokens=0)

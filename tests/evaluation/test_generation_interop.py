@@ -8,6 +8,7 @@ import pytest
 
 from qlora_jax.checkpoints.source import Checkpoint, open_checkpoint
 from qlora_jax.evaluation.generation import generate
+from qlora_jax.evaluation.sampling import Sampling
 from qlora_jax.models.config import BLOCK_LINEARS
 from qlora_jax.models.llama import Llama
 from qlora_jax.models.loading import load_model
@@ -35,8 +36,8 @@ def dequantized_in_torch(checkpoint: Checkpoint, model: Llama):
     return theirs
 
 
-def first_gap(theirs, prompt: list[int], answer: list[int], max_new_tokens: int, eos_ids=()) -> float | None:
-    """None where `answer` is transformers' greedy one; else the gap of its two best logits at the first difference."""
+def first_gap(theirs, prompt: list[int], answer: list[int], max_new_tokens: int, eos_ids=(), **rules) -> float | None:
+    """None where `answer` is transformers' greedy one; else the gap of its two best scores at the first difference."""
     import torch
 
     ids = torch.tensor([prompt])
@@ -48,14 +49,15 @@ def first_gap(theirs, prompt: list[int], answer: list[int], max_new_tokens: int,
         eos_token_id=list(eos_ids) or None,
         pad_token_id=0,
         return_dict_in_generate=True,
-        output_logits=True,
+        output_scores=True,
+        **rules,
     )
     expected = made.sequences[0, len(prompt) :].tolist()
     expected = expected[:-1] if expected[-1] in eos_ids else expected
     if answer == expected:
         return None
     step = next(step for step in range(max_new_tokens) if answer[step : step + 1] != expected[step : step + 1])
-    best = torch.topk(made.logits[step][0], 2).values
+    best = torch.topk(made.scores[step][0], 2).values
     return float(best[0] - best[1])
 
 
@@ -86,6 +88,11 @@ def test_tiny_models_answer_as_in_transformers(tmp_path: Path, tied: bool) -> No
     gaps = [first_gap(theirs, prompt, answer, 24) for prompt, answer in zip(prompts, answers, strict=True)]
     assert all(gap is None or gap < 1e-3 for gap in gaps), gaps
     assert len({tuple(answer) for answer in answers}) == 4
+    penalized = generate(model, prompts, max_new_tokens=24, sampling=Sampling(repetition_penalty=1.3))
+    assert penalized != answers
+    pairs = zip(prompts, penalized, strict=True)
+    gaps = [first_gap(theirs, prompt, answer, 24, repetition_penalty=1.3) for prompt, answer in pairs]
+    assert all(gap is None or gap < 1e-3 for gap in gaps), gaps
 
 
 QUESTIONS = [
