@@ -1,10 +1,9 @@
-"""GGUF files of LLaMA models (llama.cpp's format) in HF names, row order and config keys, over the `gguf` package.
+"""GGUF files (llama.cpp's format) in HF names, row order and config keys, over the `gguf` package.
 
-Mapping: llama.cpp's convert_hf_to_gguf.py, read backwards. Tensors come out with the bits that transformers' own
-`from_pretrained(..., gguf_file=...)` gives in bfloat16.
+Mapping: llama.cpp's convert_hf_to_gguf.py, read backwards (names: gguf_names.py). Tensors come out with the bits that
+transformers' own `from_pretrained(..., gguf_file=...)` gives in bfloat16.
 """
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,8 @@ from gguf.quants import dequantize
 from jaxtyping import Float
 
 from qlora_jax.checkpoints.digest import sha256_of
+from qlora_jax.checkpoints.families import FAMILIES, normalised
+from qlora_jax.checkpoints.gguf_names import ARCHITECTURES, hf_name, in_hf_order
 from qlora_jax.checkpoints.gguf_tokenizer import build_tokenizer
 from qlora_jax.errors import UserError
 
@@ -24,30 +25,19 @@ if TYPE_CHECKING:
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _CHUNK = 1 << 24  # elements dequantized at a time: 64 MiB of float32 beside the bfloat16 result
 
-_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_INNER = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
 class GGUFCheckpoint:
-    """A LLaMA in a GGUF file; see `Checkpoint`. Every tensor is read as bfloat16 (rounded to nearest even)."""
+    """A model in a GGUF file; see `Checkpoint`. Every tensor is read as bfloat16 (rounded to nearest even)."""
 
     def __init__(self, file: Path) -> None:
         self.path = file
         self._metadata, tensors = _open(file)
         self._rope_factors = tensors.pop(_ROPE_FACTORS, None)
-        self._tensors = {hf_name(name, file): tensor for name, tensor in tensors.items()}
+        self._name = str(self._metadata["general.architecture"])
+        self._architecture = ARCHITECTURES[self._name]
+        self._tensors = {hf_name(name, self._architecture, file): tensor for name, tensor in tensors.items()}
         _check_types(file, tensors)
         self.config = self._config()
 
@@ -68,11 +58,8 @@ class GGUFCheckpoint:
         rows = max(1, _CHUNK // max(1, values.size // shape[0]))
         for start in range(0, shape[0], rows):
             values[start : start + rows] = dequantize(tensor.data[start : start + rows], tensor.tensor_type)
-        if ".q_proj." in name:
-            return unpermute(values, self.config["num_attention_heads"])
-        if ".k_proj." in name:
-            return unpermute(values, self.config["num_key_value_heads"])
-        return values
+        heads, kv_heads = self.config["num_attention_heads"], self.config["num_key_value_heads"]
+        return in_hf_order(values, name, self._architecture, heads, kv_heads)
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         return build_tokenizer(self._metadata, self.path)
@@ -85,66 +72,82 @@ class GGUFCheckpoint:
             raise UserError(f"tensor {name!r} is missing in {self.path}", why="the GGUF file does not have it")
         return self._tensors[name]
 
+    def _get(self, key: str, default: Any = None) -> Any:
+        """A value of the model's own metadata. UserError: it is not there and has no default, or is a list."""
+        value = self._metadata.get(f"{self._name}.{key}", default)
+        if value is None:
+            raise UserError(f"{self.path} has no metadata {self._name}.{key}", why="the model's shape follows from it")
+        if isinstance(value, list):
+            raise UserError(
+                f"{self.path} has a list of values in {self._name}.{key}",
+                why="layers of different shapes are not supported",
+            )
+        return value
+
+    def _has(self, inner: str) -> bool:
+        return f"{self._architecture.layers}.0.{inner}" in self._tensors
+
     def _config(self) -> dict[str, Any]:
         """HF's keys from the metadata; `gguf-dump FILE` shows them."""
-
-        def get(key: str, default: Any = None) -> Any:
-            value = self._metadata.get(f"llama.{key}", default)
-            if value is None:
-                raise UserError(f"{self.path} has no metadata llama.{key}", why="the model's shape follows from it")
-            if isinstance(value, list):
-                raise UserError(
-                    f"{self.path} has a list of values in llama.{key}",
-                    why="layers of different shapes are not supported",
-                )
-            return value
-
+        get, kind = self._get, self._architecture.model_type
         hidden, heads = get("embedding_length"), get("attention.head_count")
-        config = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
+        head_dim = get("attention.key_length", hidden // heads)
+        config: dict[str, Any] = {
+            "architectures": [FAMILIES[kind].head],
+            "model_type": kind,
             "hidden_size": hidden,
             "intermediate_size": get("feed_forward_length"),
             "num_hidden_layers": get("block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": get("attention.head_count_kv", heads),
-            "head_dim": get("attention.key_length", get("rope.dimension_count", hidden // heads)),
             "max_position_embeddings": get("context_length"),
-            # Stored as float32; seven digits give back the decimal number that was meant (1e-05).
-            "rms_norm_eps": float(f"{get('attention.layer_norm_rms_epsilon'):.7g}"),
-            "rope_theta": float(get("rope.freq_base", 10000.0)),
-            "rope_scaling": self._rope_scaling(),
-            "vocab_size": self.shape("model.embed_tokens.weight")[0],
-            "tie_word_embeddings": "lm_head.weight" not in self._tensors,
-            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self._tensors,
-            "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in self._tensors,
+            "vocab_size": self.shape(f"{self._architecture.outer['token_embd']}.weight")[0],
+            "tie_word_embeddings": FAMILIES[kind].head_weight not in self._tensors,
             "torch_dtype": "bfloat16",
         }
+        if kind == "gpt_neox":
+            config |= {
+                "layer_norm_eps": _decimal(get("attention.layer_norm_epsilon")),
+                "rotary_pct": get("rope.dimension_count", head_dim) / head_dim,
+                "rotary_emb_base": float(get("rope.freq_base", 10000.0)),
+                "use_parallel_residual": bool(get("use_parallel_residual", True)),
+                "attention_bias": self._has("attention.query_key_value.bias"),
+            }
+        else:
+            config |= {
+                "hidden_act": "silu",
+                "num_key_value_heads": get("attention.head_count_kv", heads),
+                "head_dim": get("attention.key_length", get("rope.dimension_count", hidden // heads)),
+                "rms_norm_eps": _decimal(get("attention.layer_norm_rms_epsilon")),
+                "rope_theta": float(get("rope.freq_base", 10000.0)),
+                "rope_scaling": self._rope_scaling(),
+                "attention_bias": self._has("self_attn.q_proj.bias"),
+                "mlp_bias": self._has("mlp.gate_proj.bias"),
+            }
         for key, stored in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
             if (token := self._metadata.get(f"tokenizer.ggml.{stored}_token_id")) is not None:
                 config[f"{key}_token_id"] = token
-        return config
+        return normalised(config)
 
     def _rope_scaling(self) -> dict[str, Any] | None:
-        kind = self._metadata.get("llama.rope.scaling.type", "none")
+        kind = self._get("rope.scaling.type", "none")
+        factor = self._get("rope.scaling.factor", self._get("rope.scale_linear", 1.0))
         head_dim, rotated = (
-            self._metadata.get(f"llama.{key}") for key in ("attention.key_length", "rope.dimension_count")
+            self._metadata.get(f"{self._name}.{key}") for key in ("attention.key_length", "rope.dimension_count")
         )
         if head_dim is not None and rotated is not None and head_dim != rotated:
             kind = f"only {rotated} of {head_dim} dimensions of a head are rotated"
-        elif "llama.rope.scale_linear" in self._metadata:
-            kind = f"linear, by {self._metadata['llama.rope.scale_linear']}"
+        elif kind == "linear" or (kind == "none" and factor != 1.0):
+            return {"rope_type": "linear", "factor": float(factor)}
         if kind != "none":
             raise UserError(
                 f"unsupported rope scaling in {self.path}: {kind}",
-                why="rotary positions of GGUF files are read unscaled, or scaled as in Llama 3.1",
+                why="rotary positions of GGUF files are read unscaled, scaled linearly, or as in Llama 3.1",
                 fix="model.path=FOLDER: the same model as an HF folder",
             )
         if self._rope_factors is None:
             return None
         factors = dequantize(self._rope_factors.data, self._rope_factors.tensor_type)
-        theta = self._metadata.get("llama.rope.freq_base", 10000.0)
+        theta = self._get("rope.freq_base", 10000.0)
         scaling = {
             "rope_type": "llama3",
             "factor": float(factors.max()),
@@ -163,6 +166,11 @@ class GGUFCheckpoint:
         return scaling
 
 
+def _decimal(value: float) -> float:
+    """Stored as float32; seven digits give back the decimal number that was meant (1e-05)."""
+    return float(f"{value:.7g}")
+
+
 def llama3_factors(scaling: dict[str, Any], theta: float, head_dim: int) -> Float[np.ndarray, " half"]:
     """What llama.cpp's converter writes as rope_freqs.weight: the number that divides each rotary frequency.
 
@@ -174,30 +182,6 @@ def llama3_factors(scaling: dict[str, Any], theta: float, head_dim: int) -> Floa
     smooth = (scaling["original_max_position_embeddings"] / wavelength - low) / (high - low)
     smooth = np.clip(smooth, 0.0, 1.0)
     return 1.0 / ((1.0 - smooth) / scaling["factor"] + smooth)
-
-
-def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a q or k projection (weight `[out, in]` or bias `[out]`) from llama.cpp's order to HF's.
-
-    llama.cpp rotates neighbouring rows of a head, HF its two halves: row 2j+p there is row j+p*d/2 here.
-    """
-    paired = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
-    return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(rows.shape)
-
-
-def hf_name(name: str, file: Path) -> str:
-    """HF name of a GGUF tensor. UserError: no such tensor in a dense LLaMA."""
-    outer, _, leaf = name.rpartition(".")
-    if outer in _OUTER and leaf == "weight":
-        return f"{_OUTER[outer]}.weight"
-    match = _BLOCK.fullmatch(name)
-    if match and match[2] in _INNER:
-        return f"model.layers.{match[1]}.{_INNER[match[2]]}.{match[3]}"
-    raise UserError(
-        f"unknown tensor {name!r} in {file}",
-        why="a LLaMA has no such tensor (mixtures of experts and fused projections are not supported)",
-        fix="model.path=FILE.gguf of a dense LLaMA",
-    )
 
 
 def _check_types(file: Path, tensors: dict[str, ReaderTensor]) -> None:
@@ -215,7 +199,7 @@ def _check_types(file: Path, tensors: dict[str, ReaderTensor]) -> None:
 
 
 def _open(file: Path) -> tuple[dict[str, Any], dict[str, ReaderTensor]]:
-    """Metadata and tensors (memory-mapped) of a GGUF file of the llama architecture."""
+    """Metadata and tensors (memory-mapped) of a GGUF file of a known architecture."""
     size = file.stat().st_size
     with open(file, "rb") as stream:
         magic = stream.read(4)
@@ -241,11 +225,11 @@ def _open(file: Path) -> tuple[dict[str, Any], dict[str, ReaderTensor]]:
         ) from error
     metadata = {key: field.contents() for key, field in reader.fields.items()}
     architecture = metadata.get("general.architecture")
-    if architecture != "llama":
+    if architecture not in ARCHITECTURES:
         raise UserError(
             f"unsupported architecture in {file}: {architecture}",
-            why="llama is the one supported here",
-            fix="model.path=FILE.gguf of a LLaMA",
+            why=f"supported are {', '.join(ARCHITECTURES)}",
+            fix="model.path=FILE.gguf of a model of one of these families",
         )
     return metadata, {tensor.name: tensor for tensor in reader.tensors}
 

@@ -1,7 +1,7 @@
 """The tokenizer inside a GGUF file, rebuilt for transformers without torch.
 
-Two kinds: byte-level BPE ("gpt2": Llama 3, SmolLM) with its merges, and SentencePiece BPE ("llama": Llama 2,
-TinyLlama), whose merges follow from the scores of its pieces.
+Two kinds: byte-level BPE ("gpt2": Llama 3, SmolLM, Qwen, Pythia) with its merges, and SentencePiece BPE ("llama":
+Llama 2, Mistral, TinyLlama), whose merges follow from the scores of its pieces.
 """
 
 from pathlib import Path
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 _CONTROL, _USER_DEFINED = 3, 4  # gguf.TokenType
 _DIGITS_THEN_GPT2 = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone")
-_GPT2 = ("default", "gpt-2", "gpt2")
+_GPT2 = ("default", "gpt-2", "gpt2", "olmo")  # olmo: GPT-NeoX's, which Pythia has
 _LLAMA3 = ("llama3", "llama-v3", "llama-bpe")
-# Llama 3's own pattern, as in its tokenizer.json.
-_LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+_QWEN = ("qwen2",)
+# Llama 3's own pattern, as in its tokenizer.json; Qwen's differs in how many digits go together.
+_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
@@ -72,7 +73,7 @@ def build_tokenizer(metadata: dict[str, Any], file: Path) -> "PreTrainedTokenize
 
 
 def _byte_level(metadata: dict[str, Any], file: Path) -> "Tokenizer":
-    from tokenizers import Tokenizer, decoders, models
+    from tokenizers import Tokenizer, decoders, models, normalizers
 
     pre = metadata.get("tokenizer.ggml.pre", "default")
     vocabulary = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
@@ -81,6 +82,8 @@ def _byte_level(metadata: dict[str, Any], file: Path) -> "Tokenizer":
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _LLAMA3))
     tokenizer.pre_tokenizer = _splits(pre, bool(metadata.get("tokenizer.ggml.add_space_prefix", False)), file)
     tokenizer.decoder = decoders.ByteLevel()
+    if pre in (*_QWEN, "olmo"):
+        tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
 
@@ -92,12 +95,13 @@ def _splits(pre: str, prefix: bool, file: Path) -> "PreTokenizer":
         return gpt2
     if pre in _DIGITS_THEN_GPT2:
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
-    if pre in _LLAMA3:
-        split = pre_tokenizers.Split(Regex(_LLAMA3_PATTERN), behavior="isolated")
+    if pre in _LLAMA3 or pre in _QWEN:
+        pattern = _PATTERN.replace("DIGITS", "{1,3}" if pre in _LLAMA3 else "")
+        split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     raise UserError(
         f"unsupported pre-tokenizer in {file}: {pre}",
-        why=f"known are {', '.join((*_GPT2, *_DIGITS_THEN_GPT2, *_LLAMA3))}; another would split words wrongly",
+        why=f"known are {', '.join((*_GPT2, *_DIGITS_THEN_GPT2, *_LLAMA3, *_QWEN))}; another would split words wrongly",
         fix="model.path=FOLDER: the same model as an HF folder",
     )
 

@@ -84,6 +84,14 @@ def test_digits_are_split_before_words(tiny_gguf, tmp_path):
     assert split("a  42").tokens() != joined("a  42").tokens()
 
 
+def test_qwen_splits_digits_and_composes_letters(tiny_gguf, tmp_path):
+    tiny_gguf(tokenizer=store_bpe(trained_bpe(byte_level()), "qwen2")).write(tmp_path / "tiny.gguf")
+    rebuilt = open_checkpoint(tmp_path / "tiny.gguf").tokenizer()
+    words = rebuilt.backend_tokenizer.pre_tokenizer.pre_tokenize_str("I'LL pay 123\n\n now")
+    assert [word for word, _ in words] == ["I", "'LL", "Ġpay", "Ġ", "1", "2", "3", "ĊĊ", "Ġnow"]
+    assert rebuilt("cafe\u0301").input_ids == rebuilt("caf\u00e9").input_ids
+
+
 def test_llama3_splits_as_its_own_tokenizer_and_starts_with_bos(tiny_gguf, tmp_path):
     original = trained_bpe(byte_level())
     tiny_gguf(tokenizer=store_bpe(original, "llama-bpe")).write(tmp_path / "tiny.gguf")
@@ -169,6 +177,6 @@ def test_unknown_kinds_are_refused(tiny_gguf, tmp_path):
     tiny_gguf(tokenizer=store).write(tmp_path / "tiny.gguf")
     with pytest.raises(UserError, match=r"unsupported tokenizer in .*: rwkv"):
         open_checkpoint(tmp_path / "tiny.gguf").tokenizer()
-    tiny_gguf(tokenizer=store_bpe(trained_bpe(byte_level()), "qwen2")).write(tmp_path / "tiny.gguf")
-    with pytest.raises(UserError, match=r"unsupported pre-tokenizer in .*: qwen2"):
+    tiny_gguf(tokenizer=store_bpe(trained_bpe(byte_level()), "tekken")).write(tmp_path / "tiny.gguf")
+    with pytest.raises(UserError, match=r"unsupported pre-tokenizer in .*: tekken"):
         open_checkpoint(tmp_path / "tiny.gguf").tokenizer()

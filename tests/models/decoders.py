@@ -57,6 +57,54 @@ def read_in_torch(folder: Path):
     return read.eval()
 
 
+# What llama.cpp's converter calls the architecture; the others have no GGUF file that means what they do.
+GGUF = {
+    "mistral, no window": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gpt_neox": "gptneox",
+}
+
+
+def write_gguf(file: Path, architecture: str, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+    """A GGUF file as llama.cpp's converter makes it of HF's tensors: names by the gguf package's own table."""
+    import gguf
+
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads", config["num_attention_heads"])
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    if architecture == "gptneox":
+        head_dim = config["hidden_size"] // heads
+        writer.add_rope_dimension_count(int(config["partial_rotary_factor"] * head_dim))
+        writer.add_rope_freq_base(config["rope_theta"])
+        writer.add_parallel_residual(config.get("use_parallel_residual", True))
+        writer.add_layer_norm_eps(config["layer_norm_eps"])
+    else:
+        writer.add_head_count_kv(kv_heads)
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+        writer.add_rope_freq_base(config["rope_theta"])
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
+    for name, values in tensors.items():
+        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+            count = heads if "q_proj" in name else kv_heads
+            values = values.reshape(count, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+        if "query_key_value" in name:
+            by_head = values.reshape(heads, 3, -1, *values.shape[1:])
+            values = np.concatenate([by_head[:, part].reshape(-1, *values.shape[1:]) for part in range(3)])
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def torch_logits(model: Any, ids, mask=None) -> np.ndarray:
     import torch
 

@@ -12,7 +12,10 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from qlora_jax.checkpoints.families import FAMILIES, normalised
-from qlora_jax.models.loading import load_model
+from qlora_jax.checkpoints.source import open_checkpoint
+from qlora_jax.models.loading import load_model, read_shape
+
+from .decoders import write_gguf
 
 SHAPE = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -143,3 +146,15 @@ def test_buffers_of_old_gpt_neox_files_are_not_read(memory_checkpoint, tmp_path:
     model = load_model(tmp_path)
     np.testing.assert_array_equal(model.embed_out.weight.get_value(), tensors["lm_head.weight"])
     assert model.gpt_neox.layers.attention.dense.bias.get_value().shape == (3, 64)
+
+
+def test_a_gguf_file_of_a_gpt_neox_has_its_tensors_and_configuration(memory_checkpoint, tmp_path: Path) -> None:
+    checkpoint = memory_checkpoint(**NEOX, attention_bias=True, use_parallel_residual=False, rope_theta=500.0)
+    tensors = {name: checkpoint.values(name).astype(np.float32) for name in checkpoint.names()}
+    write_gguf(tmp_path / "neox.gguf", "gptneox", checkpoint.config, tensors)
+    stored = open_checkpoint(tmp_path / "neox.gguf")
+    assert sorted(stored.names()) == sorted(tensors)
+    for name, values in tensors.items():
+        np.testing.assert_array_equal(stored.read(name).astype(np.float32), values, err_msg=name)
+    assert read_shape(stored) == read_shape(checkpoint)
+    assert not read_shape(stored).use_parallel_residual

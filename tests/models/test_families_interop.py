@@ -16,13 +16,13 @@ from qlora_jax.checkpoints.peft import load_adapter, save_adapter
 from qlora_jax.evaluation.generation import generate
 from qlora_jax.models.loading import load_model
 
-from .decoders import VARIANTS, read_in_torch, save_random_decoder, torch_logits
+from .decoders import GGUF, VARIANTS, read_in_torch, save_random_decoder, torch_logits, write_gguf
 
 pytestmark = [
     pytest.mark.interop,
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # PEFT calls what transformers will remove
-    pytest.mark.parametrize("variant", VARIANTS),
 ]
+every_family = pytest.mark.parametrize("variant", VARIANTS)
 
 
 @pytest.fixture
@@ -68,6 +68,7 @@ def adapted(model, seed: int):
     return model
 
 
+@every_family
 def test_logits_of_plain_padded_and_packed_rows(tmp_path: Path, variant: str, seed: int) -> None:
     theirs = save_random_decoder(tmp_path, seed, variant)
     model = load_model(tmp_path, quant_type=None, dtype=jnp.float32)
@@ -100,6 +101,7 @@ def test_logits_of_plain_padded_and_packed_rows(tmp_path: Path, variant: str, se
     np.testing.assert_allclose(jax.jit(by_parts)(state), padded, atol=5e-5)
 
 
+@every_family
 def test_greedy_answers_are_transformers(tmp_path: Path, variant: str, seed: int) -> None:
     """The same tokens, or different ones from a near-tie of transformers' two best logits (< 1e-3) on."""
     import torch
@@ -126,6 +128,7 @@ def test_greedy_answers_are_transformers(tmp_path: Path, variant: str, seed: int
                 break
 
 
+@every_family
 def test_4_bit_folders_both_ways(tmp_path: Path, variant: str, seed: int) -> None:
     """The folder that transformers quantizes, here; and ours there: logits over the weights bitsandbytes decodes."""
     import torch
@@ -148,6 +151,7 @@ def test_4_bit_folders_both_ways(tmp_path: Path, variant: str, seed: int) -> Non
     assert np.abs(ours(quantized_here, ids) - expected).max() <= 1e-3
 
 
+@every_family
 def test_adapters_both_ways_and_merged(tmp_path: Path, variant: str, seed: int) -> None:
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
@@ -175,3 +179,21 @@ def test_adapters_both_ways_and_merged(tmp_path: Path, variant: str, seed: int) 
     adapter = adapter_for(checkpoint, tmp_path / "ours")
     write_dense(MergedCheckpoint(checkpoint, adapter, dtype="float32"), tmp_path / "merged", shard_bytes=200_000)
     assert np.abs(torch_logits(read_in_torch(tmp_path / "merged"), ids) - plain).max() <= 1e-3
+
+
+@pytest.mark.parametrize("variant", GGUF)
+def test_a_gguf_file_of_the_same_model(tmp_path: Path, variant: str, seed: int) -> None:
+    """Written as llama.cpp's converter does it; also converted to 4 bits, and that folder read by transformers."""
+    from transformers import AutoModelForCausalLM
+
+    theirs = save_random_decoder(tmp_path / "base", seed, variant)
+    checkpoint, ids = open_checkpoint(tmp_path / "base"), random_ids(seed, 2, 40)
+    tensors = {name: checkpoint.read(name).astype(np.float32) for name in checkpoint.names()}
+    write_gguf(tmp_path / "model.gguf", GGUF[variant], checkpoint.config, tensors)
+    model = load_model(tmp_path / "model.gguf", quant_type=None, dtype=jnp.float32)
+    assert np.abs(ours(model, ids) - torch_logits(theirs, ids)).max() <= 1e-4
+
+    write_dense(open_checkpoint(tmp_path / "model.gguf"), tmp_path / "dense")
+    assert np.abs(torch_logits(read_in_torch(tmp_path / "dense"), ids) - torch_logits(theirs, ids)).max() <= 1e-4
+    convert(open_checkpoint(tmp_path / "model.gguf"), tmp_path / "4bit")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "4bit", device_map="cpu").is_loaded_in_4bit
