@@ -138,10 +138,13 @@ class GGUFCheckpoint:
             kind = f"only {rotated} of {head_dim} dimensions of a head are rotated"
         elif kind == "linear" or (kind == "none" and factor != 1.0):
             return {"rope_type": "linear", "factor": float(factor)}
+        elif kind == "yarn":
+            original = self._get("rope.scaling.original_context_length", self._get("context_length"))
+            return {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": original}
         if kind != "none":
             raise UserError(
                 f"unsupported rope scaling in {self.path}: {kind}",
-                why="rotary positions of GGUF files are read unscaled, scaled linearly, or as in Llama 3.1",
+                why="rotary positions of GGUF files are read unscaled, scaled linearly, by YaRN, or as in Llama 3.1",
                 fix="model.path=FOLDER: the same model as an HF folder",
             )
         if self._rope_factors is None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ BLOCK_LINEARS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
+_LENGTH_DEPENDENT = ("dynamic", "longrope", "su")
 # What an MLP may put its gate through, by HF's names.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -36,9 +38,13 @@ class RopeScaling:
     """How rotary frequencies are stretched beyond the length that a model was pretrained with.
 
     Attributes:
-      rope_type: "linear" (all frequencies divided by `factor`) or "llama3" (only the low ones, see `models/rope.py`).
+      rope_type: "linear" (all frequencies divided by `factor`), "llama3" (only the low ones) or "yarn" (low ones, with
+        a ramp over features): see `models/rope.py`.
       factor: how many times longer.
-      low_freq_factor, high_freq_factor, original_max_position_embeddings: "llama3" only.
+      low_freq_factor, high_freq_factor: "llama3" only.
+      original_max_position_embeddings: "llama3" and "yarn".
+      beta_fast, beta_slow, truncate: where the ramp of "yarn" lies.
+      attention_factor: what cosines and sines are multiplied by ("yarn").
     """
 
     rope_type: str
@@ -46,6 +52,10 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
 
 
 class DecoderTensors:
@@ -142,7 +152,7 @@ class LlamaConfig(DecoderTensors):
             )
         own = {field.name for field in dataclasses.fields(cls)}
         values = {key: value for key, value in config.items() if key in own and value is not None}
-        values["rope_scaling"] = rope_scaling(config.get("rope_scaling"))
+        values["rope_scaling"] = rope_scaling(config)
         if types := values.get("layer_types"):
             values["layer_types"] = tuple(types)
         made = cls(**values)
@@ -219,19 +229,56 @@ def check_activation(name: str) -> None:
         raise UserError(f"hidden_act={name!r} of the model is not supported", why=f"{', '.join(ACTIVATIONS)} are")
 
 
-def rope_scaling(scaling: Mapping[str, Any] | None) -> RopeScaling | None:
+def rope_scaling(config: Mapping[str, Any]) -> RopeScaling | None:
     """The stretching that `rope_scaling` of a configuration asks for. UserError: of an unknown or incomplete kind."""
+    scaling = config.get("rope_scaling")
     if not scaling or scaling.get("rope_type", "default") == "default":
         return None
     rope_type = scaling["rope_type"]
-    if rope_type not in ("linear", "llama3"):
+    if rope_type in _LENGTH_DEPENDENT:
         raise UserError(
             f"rope scaling {rope_type!r} of the model is not supported",
-            why="default, linear and llama3 are; with another the model would compute wrong numbers, not fail",
+            why="its frequencies change with the length of the text: one token's keys would differ from batch to batch",
+            fix='in config.json "rope_scaling": null, for texts up to the length it was pretrained with',
         )
+    if rope_type not in ("linear", "llama3", "yarn"):
+        raise UserError(
+            f"rope scaling {rope_type!r} of the model is not supported",
+            why="default, linear, llama3 and yarn are; with another the model would compute wrong numbers, not fail",
+        )
+    if rope_type == "yarn":
+        return _yarn(scaling, config)
     needed = ["factor"]
     if rope_type == "llama3":
         needed += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
     if missing := [key for key in needed if scaling.get(key) is None]:
         raise UserError(f"rope scaling {rope_type!r} of the model lacks {', '.join(missing)}", fix="see config.json")
     return RopeScaling(rope_type, **{key: scaling[key] for key in needed})
+
+
+def _yarn(scaling: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling:
+    """YaRN (arXiv 2309.00071) with what HF fills in."""
+    positions = config.get("max_position_embeddings")
+    original = scaling.get("original_max_position_embeddings") or positions
+    factor = scaling.get("factor") or (positions / original if positions and original else None)
+    if factor is None or original is None:
+        raise UserError(
+            "rope scaling 'yarn' of the model lacks factor or original_max_position_embeddings", fix="see config.json"
+        )
+
+    def gain(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    attention = scaling.get("attention_factor")
+    if attention is None:
+        mscale, over_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        attention = gain(mscale) / gain(over_all) if mscale and over_all else gain(1.0)
+    return RopeScaling(
+        "yarn",
+        float(factor),
+        original_max_position_embeddings=int(original),
+        beta_fast=float(scaling.get("beta_fast") or 32),
+        beta_slow=float(scaling.get("beta_slow") or 1),
+        truncate=bool(scaling.get("truncate", True)),
+        attention_factor=float(attention),
+    )

@@ -63,7 +63,7 @@ class GPTNeoXConfig(DecoderTensors):
         check_activation(config.get("hidden_act", "gelu"))
         own = {field.name for field in dataclasses.fields(cls)}
         values = {key: value for key, value in config.items() if key in own and value is not None}
-        made = cls(**values | {"rope_scaling": rope_scaling(config.get("rope_scaling"))})
+        made = cls(**values | {"rope_scaling": rope_scaling(config)})
         check_heads(made.num_attention_heads, made.num_key_value_heads, made.rotary_dim)
         return made
 

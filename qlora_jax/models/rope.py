@@ -28,7 +28,8 @@ def inverse_frequencies(config: Rotary) -> np.ndarray:
 
     "linear" divides all of them by the factor. "llama3" (Llama 3.1) divides those whose wavelength is above
     `original_max_position_embeddings / low_freq_factor`, leaves those below `original / high_freq_factor`, and goes
-    from one to the other linearly in between.
+    from one to the other linearly in between. "yarn" (arXiv 2309.00071, section 3.2) does so linearly in the index of
+    the pair, between those that turn `beta_fast` and `beta_slow` times within the original length.
     """
     frequencies = config.rope_theta ** (-np.arange(0, config.rotary_dim, 2, dtype=np.float64) / config.rotary_dim)
     scaling = config.rope_scaling
@@ -37,6 +38,9 @@ def inverse_frequencies(config: Rotary) -> np.ndarray:
     scaled = frequencies / scaling.factor
     if scaling.rope_type == "linear":
         return scaled.astype(np.float32)
+    if scaling.rope_type == "yarn":
+        keep = 1 - _yarn_ramp(config, scaling)
+        return (keep * frequencies + (1 - keep) * scaled).astype(np.float32)
     # How often a pair turns within the original length: many turns = high frequency.
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
@@ -44,13 +48,28 @@ def inverse_frequencies(config: Rotary) -> np.ndarray:
     return (keep * frequencies + (1 - keep) * scaled).astype(np.float32)
 
 
+def _yarn_ramp(config: Rotary, scaling: RopeScaling) -> np.ndarray:
+    """0 for pairs that keep their frequency, 1 for those that are slowed by the whole factor."""
+
+    def pair_that_turns(times: float) -> float:
+        length = scaling.original_max_position_embeddings / (times * 2 * math.pi)
+        return config.rotary_dim * math.log(length) / (2 * math.log(config.rope_theta))
+
+    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.rotary_dim - 1)
+    return np.clip((np.arange(config.rotary_dim // 2) - low) / ((high - low) or 0.001), 0, 1)
+
+
 def rotations(
     positions: Int[Array, "batch seq"], config: Rotary
 ) -> tuple[Float[Array, "batch seq 1 half"], Float[Array, "batch seq 1 half"]]:
-    """Cosines and sines of each position's angles, float32, with an axis for heads."""
+    """Cosines and sines of each position's angles, float32, with an axis for heads; of "yarn" times its factor."""
     frequencies = jnp.asarray(inverse_frequencies(config)).reshape(1, 1, 1, -1)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
+    return factor * jnp.cos(angles), factor * jnp.sin(angles)
 
 
 def rotate(

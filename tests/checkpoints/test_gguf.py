@@ -121,6 +121,13 @@ def test_linear_rope_scaling(tiny_gguf, tmp_path, metadata):
     assert open_checkpoint(tmp_path / "tiny.gguf").config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
 
 
+def test_yarn(tiny_gguf, tmp_path):
+    values = {"type": "yarn", "factor": 4.0, "original_context_length": 32}
+    tiny_gguf(metadata={f"llama.rope.scaling.{key}": value for key, value in values.items()}).write(tmp_path / "a.gguf")
+    wanted = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    assert open_checkpoint(tmp_path / "a.gguf").config["rope_scaling"] == wanted
+
+
 def test_rope_factors_of_one_scale_nothing(tiny_gguf, tmp_path):
     tiny_gguf(extra={"rope_freqs.weight": np.ones(8, np.float32)}).write(tmp_path / "tiny.gguf")
     assert open_checkpoint(tmp_path / "tiny.gguf").config["rope_scaling"] is None
@@ -197,7 +204,7 @@ def test_type_that_cannot_be_dequantized(tiny_gguf, tmp_path):
 
 
 def test_unsupported_rope_scaling(tiny_gguf, tmp_path):
-    tiny_gguf(metadata={"llama.rope.scaling.type": "yarn"}).write(tmp_path / "tiny.gguf")
+    tiny_gguf(metadata={"llama.rope.scaling.type": "longrope"}).write(tmp_path / "tiny.gguf")
     assert "unsupported rope scaling" in message(tmp_path / "tiny.gguf")
     tiny_gguf(extra={"rope_freqs.weight": np.linspace(1, 9, 8, dtype=np.float32)}).write(tmp_path / "tiny.gguf")
     assert "unsupported rope scaling" in message(tmp_path / "tiny.gguf")

@@ -18,6 +18,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "original_max_position_embeddings": 64}
 VARIANTS = {
     "grouped heads, untied": {"num_attention_heads": 6, "num_key_value_heads": 2},
     "one kv head, tied": {"num_attention_heads": 4, "num_key_value_heads": 1, "tie_word_embeddings": True},
@@ -32,6 +33,18 @@ VARIANTS = {
         "num_key_value_heads": 2,
         "head_dim": 32,
         "rope_parameters": LLAMA3,
+    },
+    "yarn": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": YARN | {"factor": 8.0},
+        "initializer_range": 0.1,  # the factor sharpens attention, and with it the rounding of float32
+    },
+    "yarn, all of its keys": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "rope_parameters": YARN | {"factor": 8.0, "beta_fast": 8, "beta_slow": 2, "mscale": 0.7, "mscale_all_dim": 1.2},
     },
     "linear scaling": {
         "num_attention_heads": 4,

@@ -72,8 +72,16 @@ def test_configurations_that_would_compute_something_else_are_refused() -> None:
     llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     expected = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
     assert read(rope_scaling={"rope_type": "llama3"} | llama3).rope_scaling == expected
-    with pytest.raises(UserError, match="'yarn'"):
-        read(rope_scaling={"rope_type": "yarn", "factor": 4.0})
+    yarn = read(rope_scaling={"rope_type": "yarn", "factor": 4.0}, max_position_embeddings=128).rope_scaling
+    assert yarn == RopeScaling(
+        "yarn", 4.0, original_max_position_embeddings=128, attention_factor=yarn.attention_factor
+    )
+    assert yarn.attention_factor == pytest.approx(1 + 0.1 * np.log(4.0))
+    for kind in ("dynamic", "longrope"):
+        with pytest.raises(UserError, match=f"(?s){kind!r} of the model.*change with the length of the text"):
+            read(rope_scaling={"rope_type": kind, "factor": 4.0})
+    with pytest.raises(UserError, match="'proportional'"):
+        read(rope_scaling={"rope_type": "proportional", "factor": 4.0})
     with pytest.raises(UserError, match="lacks low_freq_factor"):
         read(rope_scaling={"rope_type": "llama3"} | llama3 | {"low_freq_factor": None})
     with pytest.raises(UserError, match="hidden_act='relu2'"):
