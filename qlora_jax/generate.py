@@ -1,32 +1,37 @@
 """The asking door: `python -m qlora_jax.generate --run RUN --prompt "..."`.
 
-The answer alone goes to stdout, everything else to stderr.
+Answers alone go to stdout, everything else to stderr.
 """
 
 import argparse
 import dataclasses
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_jax.errors import UserError
+from qlora_jax.errors import UserError, UserErrors
 from qlora_jax.training.console import exit_code
 from qlora_jax.training.options import OptionParser
 
 if TYPE_CHECKING:
-    from qlora_jax.data.formats import Message
-    from qlora_jax.data.rendering import Renderer
-    from qlora_jax.models.decoder import Decoder
+    from qlora_jax.data.formats import Prompt
+    from qlora_jax.evaluation.asking import Asker
+    from qlora_jax.evaluation.sampling import Sampling
     from qlora_jax.training.config import TrainConfig
 
 _EXAMPLES = """\
 examples:
   python -m qlora_jax.generate --run runs/finetune --prompt "What does os.path.join do?"
   python -m qlora_jax.generate --run runs/finetune --base --prompt "..."   what the model said before training
-  python -m qlora_jax.generate --run runs/finetune                        a conversation; Ctrl-D ends it
-  python -m qlora_jax.generate --model FOLDER_OR_GGUF --adapter ADAPTER --prompt "..."
+  python -m qlora_jax.generate --run runs/finetune --chat                 a conversation; Ctrl-D ends it
+  python -m qlora_jax.generate --run runs/finetune --prompts rows.jsonl --out answers.jsonl
+  python -m qlora_jax.generate --model FOLDER_OR_GGUF --adapter ADAPTER --prompt "..." --temperature 0.7 --top-p 0.9
 """
+# By the names of Sampling.
+_RULES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_STOPPING = "\nCtrl-C: stopping the answer. Once more to leave.\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,73 +43,167 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Reads `--key value`, `--key=value` and `key=value`.
 
     Raises:
-      UserError: an unknown option (with the nearest known one), a value that does not fit, or options that exclude
-        each other.
+      UserErrors: an unknown option (with the nearest known one), values that do not fit, and options that exclude each
+        other.
     """
     options = _parser().read(arguments)
+    mistakes = []
     if options.run is None and options.model is None:
-        raise UserError(
-            "neither --run nor --model is given",
-            why="there is no model to ask",
-            fix="--run runs/smollm2-demo, or --model FOLDER_OR_GGUF",
+        mistakes.append(
+            UserError(
+                "neither --run nor --model is given",
+                why="there is no model to ask",
+                fix="--run runs/smollm2-demo, or --model FOLDER_OR_GGUF",
+            )
         )
-    if options.base and options.adapter is not None:
-        raise UserError("--base and --adapter are both given", why="--base means without an adapter")
-    if options.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {options.max_new_tokens}", why="an answer has at least one token")
-    if not 0 <= options.temperature < float("inf"):
-        raise UserError(
-            f"--temperature {options.temperature:g}",
-            why="0 takes the likeliest token, above 0 samples",
-            fix="--temperature 0",
-        )
+    for one, other, why in (
+        ("--base", "--adapter", "--base means without an adapter"),
+        ("--prompts", "--prompt", "one asks each line of a file, the other a text"),
+        ("--prompts", "--chat", "the prompts of a file are asked one by one"),
+    ):
+        if all(getattr(options, name.lstrip("-")) not in (None, False) for name in (one, other)):
+            mistakes.append(UserError(f"{one} and {other} are both given", why=why, fix=f"leave out {other}"))
+    if options.prompts is None:
+        for name, given in (("--out", options.out), ("--batch-size", options.batch_size)):
+            if given is not None:
+                mistakes.append(UserError(f"{name} without --prompts", why="it is about many answers"))
+    for name, least, why in (
+        ("--max-new-tokens", options.max_new_tokens, "an answer has at least one token"),
+        ("--batch-size", options.batch_size, "at least one prompt is answered at a time"),
+    ):
+        if least is not None and least < 1:
+            mistakes.append(UserError(f"{name} {least}", why=why, fix=f"{name} 8"))
+    options.stop = [text.replace("\\n", "\n").replace("\\t", "\t") for text in options.stop]
+    if "" in options.stop:
+        mistakes.append(UserError("--stop is empty", why="it would end every answer at once", fix="--stop '\\n\\n'"))
+    if mistakes:
+        raise UserErrors(mistakes)
     return options
 
 
 def answer(options: argparse.Namespace) -> None:
-    """Answers --prompt, or stdin where it is no terminal, or holds a conversation."""
+    """Answers --prompt, --prompts, or stdin where it is no terminal, or holds a conversation.
+
+    Raises:
+      UserError: see `parse`; a run, model, file or prompt that cannot be used.
+    """
     from qlora_jax.nf4.environment import check_environment
 
+    if not options.model_sampling:
+        _sampling(options, {})  # raises before anything is loaded
     source = _find(options)
-    prompt = options.prompt
-    if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read().strip()
+    prompt, chat = options.prompt, options.chat
+    prompts = _read_prompts(options) if options.prompts is not None else None
+    if prompt is None and prompts is None and not chat:
+        if sys.stdin.isatty():
+            chat = True
+        else:
+            prompt = sys.stdin.read().strip()
     if prompt is not None and not prompt.strip():
         raise UserError("the prompt is empty", fix='--prompt "..."')
     _check_text(prompt or "", "the prompt")
     _check_text(options.system or "", "--system")
+    for text in options.stop:
+        _check_text(text, "--stop")
     check_environment()
-    ask = _load(source, options)
+    asker = _load(source, options)
     start = [("system", options.system)] if options.system else []
-    if prompt is not None:
-        print(ask([*start, ("user", prompt)]))
+    if prompts is not None:
+        _answer_file(asker, prompts, options)
+    elif chat:
+        _converse(asker, start, options, first=prompt)
     else:
-        _converse(ask, start)
+        assert prompt is not None
+        _answer_one(asker, [*start, ("user", prompt)], options)
 
 
 # (role, content) of each turn.
 _Turns = list[tuple[str, str]]
 
 
-def _converse(ask: Callable[[_Turns], str], turns: _Turns) -> None:
-    _say("Type a message; Ctrl-D ends the conversation.")
+def _answer_one(asker: "Asker", turns: _Turns, options: argparse.Namespace, *, chat: bool = False) -> str:
+    """Prints the answer as it comes. In a conversation, Ctrl-C ends the answer alone."""
+    from qlora_jax.training.interrupts import first_interrupt_is_a_request
+
+    if chat:
+        with first_interrupt_is_a_request(_STOPPING) as interrupt:
+            answer = asker.ask(turns, show=_print_piece, is_interrupted=lambda: interrupt.requested)
+    else:
+        answer = asker.ask(turns, show=_print_piece)
+    print(flush=True)
+    if answer.finish == "length":
+        own = answer.tokens == options.max_new_tokens
+        _say(f"(the answer was cut at {f'--max-new-tokens {answer.tokens}' if own else NO_POSITIONS})")
+    return answer.text
+
+
+NO_POSITIONS = "the end of the model's positions"
+
+
+def _print_piece(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def _converse(asker: "Asker", start: _Turns, options: argparse.Namespace, *, first: str | None) -> None:
+    _say("Type a message. Ctrl-C stops an answer, /new begins a new conversation, Ctrl-D ends.")
+    turns = start
     while True:
-        print("\n> ", end="", file=sys.stderr, flush=True)
+        print("\n> ", end="" if first is None else f"{first}\n", file=sys.stderr, flush=True)
         try:
-            message = input()
+            message, first = first if first is not None else input(), None
         except EOFError:
             _say("")
             return
-        if not message.strip():
+        if message.strip() == "/new":
+            turns = start
+            _say("(a new conversation)")
+        if message.strip() in ("", "/new"):
             continue
         try:
             _check_text(message, "the message")
-            reply = ask([*turns, ("user", message)])
+            asked = [*turns, ("user", message)]
+            reply = _answer_one(asker, asked, options, chat=True)
         except UserError as error:
             _say(f"error: {error}")
             continue
-        print(reply, flush=True)
-        turns = [*turns, ("user", message), ("assistant", reply)]
+        if reply:  # else it was stopped before it began
+            turns = [*asked, ("assistant", reply)]
+
+
+def _read_prompts(options: argparse.Namespace) -> "list[Prompt]":
+    """The file's prompts. UserError: they, or a place for the answers, are not there."""
+    from qlora_jax.data.formats import read_prompts
+
+    out = None if options.out is None else Path(options.out)
+    if out is not None and (out.exists() or not out.absolute().parent.is_dir()):
+        raise UserError(
+            f"--out {out} cannot be written",
+            why="there is something of that name, and nothing is replaced" if out.exists() else "no such folder",
+            fix="name another file",
+        )
+    return read_prompts(options.prompts)
+
+
+def _answer_file(asker: "Asker", prompts: "Sequence[Prompt]", options: argparse.Namespace) -> None:
+    from qlora_jax.training.meter import Meter
+    from qlora_jax.training.run_folder import write_atomically
+
+    with Meter("answering", "prompts") as meter:
+        rows = asker.ask_all(
+            prompts,
+            Path(options.prompts),
+            system=options.system,
+            batch_size=options.batch_size or 8,
+            progress=meter.show,
+        )
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if options.out is None:
+        print(text, end="", flush=True)
+    else:
+        write_atomically(Path(options.out), text)
+    cut = sum(row["finish"] == "length" for row in rows)
+    said = f"; {cut} cut at --max-new-tokens {options.max_new_tokens} or {NO_POSITIONS}" if cut else ""
+    _say(f"{len(rows)} answers{f' in {options.out}' if options.out else ''}{said}")
 
 
 def _check_text(text: str, what: str) -> None:
@@ -146,12 +245,14 @@ def _find(options: argparse.Namespace) -> _Source:
     return _Source(options.model or config.model.path, adapter, config)
 
 
-def _load(source: _Source, options: argparse.Namespace) -> Callable[[_Turns], str]:
-    """Loads model, adapter and tokenizer; returns the function that answers."""
+def _load(source: _Source, options: argparse.Namespace) -> "Asker":
+    """Loads model, adapter and tokenizer."""
+    from qlora_jax.checkpoints.generation_config import read_generation_config
     from qlora_jax.checkpoints.peft import load_adapter
     from qlora_jax.checkpoints.source import open_checkpoint
-    from qlora_jax.data.formats import Message
     from qlora_jax.data.rendering import Renderer
+    from qlora_jax.evaluation.answers import Answerer
+    from qlora_jax.evaluation.asking import Asker
     from qlora_jax.models.decoder import Decoder
     from qlora_jax.models.loading import load_model, refuse_t5
     from qlora_jax.training.finished import base_model
@@ -162,6 +263,11 @@ def _load(source: _Source, options: argparse.Namespace) -> Callable[[_Turns], st
     _say(f"loading {path}" + (f" with the adapter {source.adapter}" if source.adapter else ""))
     checkpoint = open_checkpoint(path)
     refuse_t5(checkpoint)
+    makers = read_generation_config(checkpoint)
+    sampling = _sampling(options, makers.sampling if options.model_sampling else {})
+    if options.model_sampling:
+        rules = [f"{name} {value:g}" for name, value in sampling._asdict().items() if value is not None]
+        _say(f"sampling: {', '.join(rules) or 'none, the likeliest token each time'}")
     renderer = Renderer(checkpoint.tokenizer(), options.template or config.data.template)
     with Meter("loading", "tensors") as meter:
         model = load_model(
@@ -173,35 +279,42 @@ def _load(source: _Source, options: argparse.Namespace) -> Callable[[_Turns], st
     assert isinstance(model, Decoder)
     if source.adapter is not None:
         load_adapter(model, source.adapter)
-    return lambda turns: _reply(model, renderer, [Message(*turn) for turn in turns], options)
+    answerer = Answerer(
+        model,
+        renderer.tokenizer,
+        stop_ids={*renderer.stop_ids, *makers.eos_ids},
+        stop_strings=options.stop,
+        max_new_tokens=options.max_new_tokens,
+        sampling=sampling,
+        seed=options.seed,
+    )
+    return Asker(answerer, renderer)
 
 
-def _reply(model: "Decoder", renderer: "Renderer", messages: "list[Message]", options: argparse.Namespace) -> str:
-    from qlora_jax.evaluation.generation import generate
+def _sampling(options: argparse.Namespace, makers: dict[str, float]) -> "Sampling":
+    """The rules given, before those of the model's makers.
+
+    Raises:
+      UserErrors: values out of range, or rules that have no effect.
+    """
     from qlora_jax.evaluation.sampling import Sampling
 
-    prompt = renderer.prompt(messages)
-    positions = model.config.max_position_embeddings
-    limit = min(options.max_new_tokens, positions - len(prompt))
-    if limit < 1:
-        long = "the conversation" if len(messages) > 2 else "the prompt"
-        raise UserError(
-            f"{long} takes {len(prompt)} tokens, with the template's own",
-            why=f"the model has {positions} positions, and an answer needs some of them",
-            fix="begin a new conversation" if len(messages) > 2 else "shorten the prompt",
-        )
-    tokens = generate(
-        model,
-        [prompt],
-        max_new_tokens=limit,
-        sampling=Sampling(temperature=options.temperature),
-        seed=options.seed,
-        eos_ids=renderer.stop_ids,
-    )[0]
-    if len(tokens) == limit:
-        cut = f"--max-new-tokens {limit}" if limit == options.max_new_tokens else "the end of the model's positions"
-        _say(f"(the answer was cut at {cut})")
-    return str(renderer.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+    given = {name: value for name in _RULES if (value := getattr(options, name)) is not None}
+    if given.get("temperature") == 0:
+        makers = {name: value for name, value in makers.items() if name == "repetition_penalty"}
+    try:
+        return Sampling(**{**makers, **given}).checked()  # type: ignore[arg-type]
+    except UserErrors as mistakes:
+        raise UserErrors([_as_options(mistake) for mistake in mistakes.errors]) from None
+
+
+def _as_options(mistake: UserError) -> UserError:
+    """`top_k=50` as `--top-k 50`."""
+    texts = []
+    for text in (mistake.problem, mistake.fix):
+        name, _, value = text.partition("=")
+        texts.append(f"--{name.replace('_', '-')} {value}")
+    return UserError(texts[0], why=mistake.why, fix=texts[1])
 
 
 def _say(text: str) -> None:
@@ -211,13 +324,22 @@ def _say(text: str) -> None:
 def _parser() -> OptionParser:
     parser = OptionParser(
         "generate",
-        description="Asks a finetuned model. The answer alone is printed on stdout. Options are written --key value, "
-        "--key=value or key=value.",
+        description="Asks a finetuned model. The answer alone is printed on stdout, as it comes. Options are written "
+        "--key value, --key=value or key=value.",
         epilog=_EXAMPLES,
     )
     add = parser.add_argument
     add("--run", metavar="RUN", help="run folder of a training: its base model, settings and adapter are used")
     add("--prompt", metavar="TEXT", help="what to ask; without it a conversation on a terminal, else stdin is asked")
+    add("--chat", action="store_true", help="a conversation, of which --prompt is the first message")
+    add(
+        "--prompts",
+        metavar="FILE",
+        help="ask many: a text with one a line, or JSONL rows as train reads them, whose own answer is left out. "
+        'Answers are JSONL: each row with "answer" and "finish" (stop or length)',
+    )
+    add("--out", metavar="FILE", help="where the answers of --prompts go, when all are there; default: stdout")
+    add("--batch-size", metavar="N", type=int, help="prompts of --prompts answered at once (8): faster, more memory")
     add("--system", metavar="TEXT", help="system message; without it the chat template's own, if it has one")
     add("--model", metavar="PATH", help="base model instead of a run's: HF folder, .gguf file or hub name")
     add("--adapter", metavar="DIR", help="PEFT adapter instead of RUN/adapter")
@@ -230,12 +352,38 @@ def _parser() -> OptionParser:
         help="longest answer (256); it says so where an answer was cut",
     )
     add(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="end an answer before this text, \\n for a line's end; may be given several times. Answers always end at "
+        "the end-of-sequence tokens of the tokenizer, the chat template and generation_config.json",
+    )
+    add(
         "--temperature",
         metavar="T",
         type=float,
-        default=0.0,
         help="0 (default): the likeliest token each time, always the same answer; 1: sampled as the model predicts; "
         "between: less varied",
+    )
+    add("--top-k", metavar="N", type=int, help="sample among the N likeliest tokens (all)")
+    add(
+        "--top-p",
+        metavar="P",
+        type=float,
+        help="sample among the likeliest tokens that have probability P together (1)",
+    )
+    add("--min-p", metavar="P", type=float, help="sample among tokens with P times the largest probability or more (0)")
+    add(
+        "--repetition-penalty",
+        metavar="X",
+        type=float,
+        help="above 1: tokens of the prompt and the answer so far become less likely (1); transformers' rule",
+    )
+    add(
+        "--model-sampling",
+        action="store_true",
+        help="take the five above as the model's generation_config.json has them, where they are not given",
     )
     add("--seed", metavar="N", type=int, default=0, help="decides what is sampled (0); same seed, same answer")
     add(

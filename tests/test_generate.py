@@ -1,7 +1,9 @@
 """The asking door: what goes to stdout, how options are read, and what mistakes are told."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import yaml
 
 from qlora_jax import generate as door
 from qlora_jax.errors import UserError
+from qlora_jax.evaluation.answers import Answer
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,7 @@ def test_the_answer_alone_is_on_stdout(run_folder: Path, capfd) -> None:
     tokenizer = checkpoint.tokenizer()
     model = load_adapter(load_model(checkpoint, dtype="float32"), run_folder / "adapter")
     ids = tokenizer("u:Hello</s>a:", add_special_tokens=False)["input_ids"]
-    tokens = generate(model, [ids], max_new_tokens=12, eos_ids=[0])[0]
+    tokens = generate(model, [ids], max_new_tokens=12, eos_ids=[0, 2])[0]  # 2: of config.json
     assert out == tokenizer.decode(tokens, skip_special_tokens=True).strip() + "\n"
     assert out.strip()
     assert "loading" in err
@@ -69,36 +72,168 @@ def test_the_answer_alone_is_on_stdout(run_folder: Path, capfd) -> None:
     assert steered != out
 
 
-def test_a_conversation_remembers_its_turns(run_folder: Path, capfd, monkeypatch) -> None:
-    lines = iter(["Hello", "", "And then?"])
+class Scripted:
+    """An asker that notes what it is asked, and replies a letter at a time."""
 
-    def typed() -> str:
+    def __init__(self, replies=None, on_letter=lambda letter: None) -> None:
+        self.seen, self.replies, self.on_letter = [], replies, on_letter
+
+    def ask(self, turns, *, show, is_interrupted=lambda: False) -> Answer:
+        self.seen.append(turns)
+        reply = f"reply {len(self.seen)}" if self.replies is None else self.replies[len(self.seen) - 1]
+        shown = ""
+        for letter in reply:
+            if is_interrupted():
+                return Answer(shown, len(shown), "interrupted")
+            show(letter)
+            shown += letter
+            self.on_letter(letter)
+        return Answer(reply, len(reply), "stop")
+
+
+def converse(monkeypatch, asker: Scripted, *typed: str) -> None:
+    lines = iter(typed)
+
+    def next_line() -> str:
         try:
             return next(lines)
         except StopIteration:
             raise EOFError from None
 
-    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr("builtins.input", next_line)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    seen = []
-    monkeypatch.setattr(door, "_load", lambda source, options: lambda turns: seen.append(turns) or f"reply {len(seen)}")
+    monkeypatch.setattr(door, "_load", lambda source, options: asker)
+
+
+def test_a_conversation_remembers_its_turns(run_folder: Path, capfd, monkeypatch) -> None:
+    asker = Scripted()
+    converse(monkeypatch, asker, "Hello", "", "And then?", "/new", "Again")
     code, out, err = ask(capfd, "--run", str(run_folder), "system=Be brief.")
     assert code == 0
-    assert out == "reply 1\nreply 2\n"
-    assert seen[1] == [("system", "Be brief."), ("user", "Hello"), ("assistant", "reply 1"), ("user", "And then?")]
+    assert out == "reply 1\nreply 2\nreply 3\n"
+    start = ("system", "Be brief.")
+    assert asker.seen[1] == [start, ("user", "Hello"), ("assistant", "reply 1"), ("user", "And then?")]
+    assert asker.seen[2] == [start, ("user", "Again")]
     assert "Ctrl-D" in err
+
+
+def test_chat_begins_with_the_prompt_and_needs_no_terminal(run_folder: Path, capfd, monkeypatch) -> None:
+    import io
+
+    asker = Scripted()
+    monkeypatch.setattr(door, "_load", lambda source, options: asker)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("And then?\n"))
+    assert ask(capfd, "--run", str(run_folder), "--chat", "--prompt", "Hello")[:2] == (0, "reply 1\nreply 2\n")
+    assert asker.seen[1] == [("user", "Hello"), ("assistant", "reply 1"), ("user", "And then?")]
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(run_folder: Path, capfd, monkeypatch) -> None:
+    def interrupt(letter: str) -> None:
+        if letter == "!":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    asker = Scripted(["!", "half! an answer", "done"], on_letter=interrupt)
+    converse(monkeypatch, asker, "One", "Two", "Three")
+    # Nothing of the first reply is left but "!"; the second is cut in its middle.
+    code, out, err = ask(capfd, "--run", str(run_folder))
+    assert (code, out) == (0, "!\nhalf!\ndone\n")
+    assert asker.seen[2] == [
+        ("user", "One"),
+        ("assistant", "!"),
+        ("user", "Two"),
+        ("assistant", "half!"),
+        ("user", "Three"),
+    ]
+    assert "stopping the answer" in err
+
+
+def test_ctrl_c_twice_leaves(run_folder: Path, capfd, monkeypatch) -> None:
+    def interrupt(letter: str) -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    converse(monkeypatch, Scripted(on_letter=interrupt), "One", "Two")
+    code, out, err = ask(capfd, "--run", str(run_folder))
+    assert (code, out) == (130, "r")
+    assert "interrupted" in err
+    assert "Traceback" not in err
 
 
 def test_stdin_is_asked_where_it_is_no_terminal(run_folder: Path, capfd, monkeypatch) -> None:
     import io
 
+    asker = Scripted()
     monkeypatch.setattr(sys, "stdin", io.StringIO("What is this?\n"))
-    monkeypatch.setattr(door, "_load", lambda source, options: lambda turns: turns[-1][1].upper())
-    assert ask(capfd, "--run", str(run_folder))[:2] == (0, "WHAT IS THIS?\n")
+    monkeypatch.setattr(door, "_load", lambda source, options: asker)
+    assert ask(capfd, "--run", str(run_folder))[:2] == (0, "reply 1\n")
+    assert asker.seen == [[("user", "What is this?")]]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
     code, out, err = ask(capfd, "--run", str(run_folder))
     assert (code, out) == (2, "")
     assert "prompt is empty" in err
+
+
+def test_a_file_of_prompts(run_folder: Path, tmp_path: Path, capfd, monkeypatch) -> None:
+    """In batches by length or alone, with the rows' own answers hidden: each row gets what it would get alone."""
+    rows = [
+        {"instruction": "Hello", "output": "hidden", "id": 7},
+        {"prompt": "x" * 113},  # little room: 118 tokens of 128
+        "What is this?",
+        {"messages": [{"role": "system", "content": "Hi"}, {"role": "user", "content": "Hello"}]},
+    ]
+    prompts, out = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    door_asker, loads = door._load, []
+    monkeypatch.setattr(
+        door, "_load", lambda *given: loads[0] if loads else loads.append(door_asker(*given)) or loads[0]
+    )
+    common = ["--run", str(run_folder), "--max-new-tokens=12"]
+    code, printed, err = ask(capfd, *common, "--prompts", str(prompts), "--out", str(out), "--batch-size", "2")
+    assert (code, printed) == (0, "")
+    assert "4 answers in" in err
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [set(row) - {"answer", "finish"} for row in answers] == [
+        {"instruction", "output", "id"},
+        {"prompt"},
+        {"prompt"},
+        {"messages"},
+    ]
+    assert answers[2]["prompt"] == "What is this?"
+    single = [
+        ask(capfd, *common, "--prompt", text, *more)[1]
+        for text, *more in (["Hello"], ["x" * 113], ["What is this?"], ["Hello", "--system", "Hi"])
+    ]
+    assert [row["answer"] + "\n" for row in answers] == single
+    code, printed, _ = ask(capfd, *common, "--prompts", str(prompts))
+    assert (code, printed) == (0, out.read_text())
+    code, _, err = ask(capfd, *common, "--prompts", str(prompts), "--out", str(out))
+    assert code == 2
+    assert "nothing is replaced" in err
+    code, _, err = ask(capfd, *common, "--prompts", str(out))
+    assert code == 2
+    assert err.count('the row has "answer"') == 4
+    lines = tmp_path / "lines.txt"
+    lines.write_text(f"Hello\n\n{'y' * 200}\n{'z' * 300}\n")
+    code, printed, err = ask(capfd, *common, "--prompts", str(lines))
+    assert (code, printed) == (2, "")
+    assert f"{lines}:3: the prompt takes 205 tokens" in err
+    assert f"{lines}:4: the prompt takes 305 tokens" in err
+    prompts.write_text('{"prompt": 3}\n{"text": "x"}\n')
+    code, _, err = ask(capfd, *common, "--prompts", str(prompts))
+    assert code == 2
+    assert '"prompt" should be text' in err
+
+
+def test_sampling_as_the_makers_say(run_folder: Path, tmp_path: Path, capfd) -> None:
+    model = Path(shutil.copytree(run_folder.parent.parent / "model", tmp_path / "model"))
+    (model / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.6, "top_p": 0.9}))
+    common = ["--model", str(model), "--prompt", "Hello", "--max-new-tokens=1"]
+    code, _, err = ask(capfd, *common, "--model-sampling", "--top-p", "0.5")
+    assert code == 0
+    assert "sampling: temperature 0.6, top_k 50, top_p 0.5" in err
+    code, _, err = ask(capfd, *common)
+    assert code == 0
+    assert "sampling:" not in err
 
 
 @pytest.mark.parametrize(
@@ -112,7 +247,7 @@ def test_stdin_is_asked_where_it_is_no_terminal(run_folder: Path, capfd, monkeyp
 def test_three_spellings(arguments: list[str]) -> None:
     options = door.parse(arguments)
     assert (options.run, options.prompt, options.max_new_tokens, options.base) == ("r", "-1 + x=2", 7, True)
-    assert (options.temperature, options.seed, options.debug) == (0.0, 0, False)
+    assert (options.temperature, options.seed, options.debug) == (None, 0, False)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +261,15 @@ def test_three_spellings(arguments: list[str]) -> None:
         (["--run", "r", "--seed", "x"], "invalid int value: 'x'"),
         (["--run", "r", "--temperature", "-1"], "--temperature -1"),
         (["--run", "r", "--temperature", "nan"], "--temperature nan"),
+        (["--run", "r", "--top-k", "5", "--temperature", "0"], "--top-k 5\n  why: at temperature 0"),
+        (["--run", "r", "--top-p", "2", "--temperature", "1"], "fix: --top-p 0.9"),
+        (["--run", "r", "--repetition-penalty", "0"], "--repetition-penalty 0"),
         (["--run", "r", "--max-new-tokens", "0"], "at least one token"),
+        (["--run", "r", "--prompts", "f", "--chat", "--prompt", "x"], "--prompts and --chat are both given"),
+        (["--run", "r", "--prompts", "f", "--chat", "--prompt", "x"], "--prompts and --prompt are both given"),
+        (["--run", "r", "--out", "f", "--prompt", "x"], "--out without --prompts"),
+        (["--run", "r", "--prompts", "f", "--batch-size", "0"], "--batch-size 0"),
+        (["--run", "r", "--stop", "", "--prompt", "x"], "--stop is empty"),
         (["--run", "r", "--base", "--adapter", "a"], "without an adapter"),
         (["--run", "r", "base=maybe"], "true or false"),
     ],

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_jax.data.json_rows import JsonRow, read_json_rows
+from qlora_jax.data.json_rows import JsonRow, read_json_rows, read_text
 from qlora_jax.errors import UserError
 
 ROLES = ("system", "user", "assistant")
@@ -89,6 +89,71 @@ def read_conversations(path: str | Path, *, setting: str = "data.path") -> list[
     return conversations
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """What to ask: messages of which the last is no answer.
+
+    Attributes:
+      line: as of a Conversation.
+      row: the row of the file, as it was read.
+    """
+
+    messages: tuple[Message, ...]
+    line: int
+    row: Any
+
+
+def read_prompts(path: str | Path, *, setting: str = "--prompts") -> list[Prompt]:
+    """Reads a file of prompts: text with one a line, or rows of any format, or plain texts, in JSON or JSONL.
+
+    The answer that a row ends with is left out, and need not be there. Blank lines of text are no prompts.
+
+    Args:
+      path: JSON or JSONL where the name ends so, else text; UTF-8.
+      setting: the option that names the file, for messages.
+
+    Raises:
+      UserError: as `read_conversations`.
+    """
+    path = Path(path)
+    if path.suffix.lower() in (".json", ".jsonl", ".ndjson"):
+        rows = read_json_rows(path, setting)
+    else:
+        lines = enumerate(read_text(path, setting).splitlines(), start=1)
+        rows = [JsonRow(number, line.strip()) for number, line in lines if line.strip()]
+        if not rows:
+            raise UserError(f"{path} has no prompts", why="it is empty", fix=f"{setting}=prompts.jsonl")
+    prompts, faults = [], []
+    for row in rows:
+        try:
+            prompts.append(Prompt(_asked(row), row.line, row.value))
+        except _Fault as fault:
+            faults.append(f"  {path}:{row.line}: {fault}")
+    if faults:
+        broken = len(faults)
+        faults[SHOWN_FAULTS:] = [f"  and {broken - SHOWN_FAULTS} more"] if broken > SHOWN_FAULTS else []
+        raise UserError(
+            "\n".join([f"{broken} of {len(rows)} prompts of {path} {'is' if broken == 1 else 'are'} broken", *faults]),
+            why=f"a prompt is a text, or {_EVERY_FORMAT}, with or without the answer",
+            fix="mend or remove them",
+        )
+    return prompts
+
+
+def _asked(row: JsonRow) -> tuple[Message, ...]:
+    if row.fault is None and isinstance(row.value, str):
+        messages = [Message("user", _text({"prompt": row.value}, "prompt"))]
+    else:
+        value = _object(row)
+        row_format = _detect(value)
+        messages = list(row_format.read({**value, **dict.fromkeys(_ANSWERS, "to come")}))
+    while messages and messages[-1].role == "assistant":
+        messages.pop()
+    if not messages or not messages[-1].content.strip():
+        raise _Fault("nothing is asked")
+    return tuple(messages)
+
+
 class _Fault(Exception):
     """What is wrong with one row."""
 
@@ -132,6 +197,7 @@ _FORMATS = {
     "completion": _Format("prompt/completion", '{"prompt": ..., "completion": ...}', _prompt_and("completion")),
     "prompt": _Format("prompt/response", '{"prompt": ..., "response": ...}', _prompt_and("response")),
 }
+_ANSWERS = ("output", "response", "completion", "target")
 _EVERY_FORMAT = " or ".join(each.expected for each in _FORMATS.values())
 
 

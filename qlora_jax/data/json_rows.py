@@ -26,7 +26,7 @@ def read_json_rows(path: Path, setting: str) -> list[JsonRow]:
     Raises:
       UserError: no such file, not UTF-8, neither JSON nor JSONL, or no rows. One broken row is a `fault`.
     """
-    text = _read_text(path, setting)
+    text = read_text(path, setting)
     start = text.lstrip()
     rows = _list_rows(text) if start.startswith("[") else _jsonl_rows(text)
     if not rows:
@@ -42,7 +42,8 @@ def read_json_rows(path: Path, setting: str) -> list[JsonRow]:
     return rows
 
 
-def _read_text(path: Path, setting: str) -> str:
+def read_text(path: Path, setting: str) -> str:
+    """A file's text. UserError: no such file, or not UTF-8."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:

@@ -206,6 +206,11 @@ def _answers(written: _Written, rows: int) -> list[list[int]]:
     return [answers[row, : lengths[row]].tolist() for row in range(rows)]
 
 
+def room(model: Decoder, prompt: Sequence[int]) -> int:
+    """Tokens that an answer may have: the positions that a prompt leaves."""
+    return model.config.max_position_embeddings - len(prompt)
+
+
 def _check(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     vocab, positions = model.config.vocab_size, model.config.max_position_embeddings
     if max_new_tokens < 1:

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+_SAVING = "\nCtrl-C: finishing this step, then saving. Once more to stop without saving.\n"
+
 
 class Interrupt:
     """Whether the user has asked the run to end."""
@@ -16,8 +18,8 @@ class Interrupt:
 
 
 @contextlib.contextmanager
-def first_interrupt_is_a_request() -> Iterator[Interrupt]:
-    """While inside, the first SIGINT only sets `requested`; a second one raises KeyboardInterrupt.
+def first_interrupt_is_a_request(said: str = _SAVING) -> Iterator[Interrupt]:
+    """While inside, the first SIGINT only sets `requested` and prints `said`; a second one raises KeyboardInterrupt.
 
     Outside the main thread, where signals cannot be handled, nothing is changed.
     """
@@ -31,7 +33,7 @@ def first_interrupt_is_a_request() -> Iterator[Interrupt]:
             raise KeyboardInterrupt
         interrupt.requested = True
         # Not through the console: the signal may have come while it was printing.
-        os.write(2, b"\nCtrl-C: finishing this step, then saving. Once more to stop without saving.\n")
+        os.write(2, said.encode())
 
     previous = signal.signal(signal.SIGINT, on_signal)
     try:
