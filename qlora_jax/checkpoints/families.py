@@ -19,8 +19,9 @@ class Family:
       implied: of keys that no config.json of the family has, because HF's code has them built in.
       spellings: what the family calls keys of LLaMA's, by its own names.
       head_weight: name of the tensor of the head that is not tied.
-      windows: which layers have `sliding_window`: "none" whatever config.json says, "all", or "late": where
-        use_sliding_window, those that layer_types says or those from max_window_layers on.
+      windows: which layers have `sliding_window`: "none" whatever config.json says, "all", "late": where
+        use_sliding_window, those that layer_types says or those from max_window_layers on; or "patterned": those that
+        layer_types says, or all but the last of each sliding_window_pattern.
       targets: what PEFT adapts where an adapter's target_modules is null.
     """
 
@@ -39,6 +40,12 @@ _QWEN: dict[str, Any] = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
+_GEMMA: dict[str, Any] = {
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
@@ -51,6 +58,43 @@ FAMILIES = {
         "Qwen2ForCausalLM", _QWEN, {"attention_bias": True, "attention_output_bias": False}, windows="late"
     ),
     "qwen3": Family("Qwen3ForCausalLM", _QWEN | {"head_dim": 128}, {"qk_norm": True}, windows="late"),
+    "gemma": Family(
+        "GemmaForCausalLM",
+        _GEMMA | {"num_key_value_heads": 16},
+        # Of the activation the class takes no heed of what old files say.
+        {"unit_offset": True, "scaled_embedding": True, "hidden_act": "gelu_pytorch_tanh"},
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        _GEMMA
+        | {
+            "num_key_value_heads": 4,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 2,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        {"unit_offset": True, "scaled_embedding": True, "post_norms": True},
+        spellings={"hidden_activation": "hidden_act"},
+        windows="patterned",
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        _GEMMA
+        | {
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 131072,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 6,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 10000.0,
+        },
+        {"unit_offset": True, "scaled_embedding": True, "post_norms": True, "qk_norm": True},
+        spellings={"hidden_activation": "hidden_act", "rope_local_base_freq": "local_rope_theta"},
+        windows="patterned",
+    ),
     "gpt_neox": Family(
         "GPTNeoXForCausalLM",
         {"hidden_act": "gelu", "attention_bias": True, "rotary_pct": 0.25, "rotary_emb_base": 10000.0},
@@ -59,7 +103,12 @@ FAMILIES = {
         targets=("query_key_value",),
     ),
 }
-_LLAMA_DEFAULTS: dict[str, Any] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+_LLAMA_DEFAULTS: dict[str, Any] = {
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 
 
@@ -72,10 +121,16 @@ def normalised(raw: dict[str, Any]) -> dict[str, Any]:
     family = FAMILIES[raw.get("model_type", "llama")]
     defaults = _LLAMA_DEFAULTS | dict(family.defaults)
     config = defaults | raw | dict(family.implied)
-    config |= {name: config[own] for own, name in family.spellings.items() if own in config}
+    config |= {name: config[own] for own, name in family.spellings.items() if config.get(own) is not None}
     # transformers 5 writes rope_parameters = {rope_type, rope_theta, ...} and dtype; older versions wrote rope_theta,
     # rope_scaling = {type or rope_type, ...} and torch_dtype.
     rope = dict(config.pop("rope_parameters", None) or config.get("rope_scaling") or {})
+    if "full_attention" in rope:  # one for each kind of layer
+        local = rope.get("sliding_attention") or {}
+        if local.get("rope_type", "default") != "default":
+            raise ValueError(f"rope_parameters of layers with a window: {local}")
+        config["local_rope_theta"] = local.get("rope_theta", config.get("local_rope_theta"))
+        rope = dict(rope["full_attention"] or {})
     rope_type = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     rope.pop("type", None)
     theta = rope.pop("rope_theta", None)
@@ -109,4 +164,6 @@ def _windowed(config: dict[str, Any], windows: str) -> list[bool]:
         return [True for _ in layers]
     if types := config.get("layer_types"):
         return [kind == "sliding_attention" for kind in types]
+    if windows == "patterned":
+        return [(layer + 1) % config["sliding_window_pattern"] != 0 for layer in layers]
     return [layer >= config["max_window_layers"] for layer in layers]

@@ -56,8 +56,9 @@ class GGUFCheckpoint:
         shape = self.shape(name)
         values = np.empty(shape, _BFLOAT16)
         rows = max(1, _CHUNK // max(1, values.size // shape[0]))
+        added = 1.0 if self._architecture.norms_plus_one and name.endswith("norm.weight") else 0.0
         for start in range(0, shape[0], rows):
-            values[start : start + rows] = dequantize(tensor.data[start : start + rows], tensor.tensor_type)
+            values[start : start + rows] = dequantize(tensor.data[start : start + rows], tensor.tensor_type) - added
         heads, kv_heads = self.config["num_attention_heads"], self.config["num_key_value_heads"]
         return in_hf_order(values, name, self._architecture, heads, kv_heads)
 
@@ -114,7 +115,6 @@ class GGUFCheckpoint:
             }
         else:
             config |= {
-                "hidden_act": "silu",
                 "num_key_value_heads": get("attention.head_count_kv", heads),
                 "head_dim": get("attention.key_length", get("rope.dimension_count", hidden // heads)),
                 "rms_norm_eps": _decimal(get("attention.layer_norm_rms_epsilon")),
@@ -122,6 +122,15 @@ class GGUFCheckpoint:
                 "rope_scaling": self._rope_scaling(),
                 "attention_bias": self._has("self_attn.q_proj.bias"),
                 "mlp_bias": self._has("mlp.gate_proj.bias"),
+            }
+        if kind in ("gemma2", "gemma3_text"):
+            # As llama.cpp has it: of the largest models (27B) the scores are scaled otherwise than by head_dim.
+            largest = get("block_count") == {"gemma2": 46, "gemma3_text": 62}[kind]
+            config |= {
+                "sliding_window": get("attention.sliding_window"),
+                "query_pre_attn_scalar": hidden // heads if largest else config["head_dim"],
+                "attn_logit_softcapping": self._metadata.get(f"{self._name}.attn_logit_softcapping"),
+                "final_logit_softcapping": self._metadata.get(f"{self._name}.final_logit_softcapping"),
             }
         for key, stored in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
             if (token := self._metadata.get(f"tokenizer.ggml.{stored}_token_id")) is not None:

@@ -21,6 +21,7 @@ class Architecture:
       model_type: HF's.
       outer, inner: HF's names for tensors outside of the blocks and in them, without `.weight` and `.bias`.
       layers: HF's name of the list of blocks.
+      norms_plus_one: whether the weights of norms are stored with 1 added.
       paired: whether the rows of a head's queries and keys alternate between its two halves.
     """
 
@@ -28,6 +29,7 @@ class Architecture:
     outer: Mapping[str, str]
     inner: Mapping[str, str]
     layers: str = "model.layers"
+    norms_plus_one: bool = False
     paired: bool = False
 
 
@@ -44,12 +46,20 @@ _INNER = {
     "ffn_norm": "post_attention_layernorm",
 }
 _QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_FOUR_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 
 ARCHITECTURES = {
     # Mistral's converter writes "llama", too.
     "llama": Architecture("llama", _OUTER, _INNER, paired=True),
     "qwen2": Architecture("qwen2", _OUTER, _INNER),
     "qwen3": Architecture("qwen3", _OUTER, _INNER | _QK_NORMS),
+    "gemma": Architecture("gemma", _OUTER, _INNER, norms_plus_one=True),
+    "gemma2": Architecture("gemma2", _OUTER, _INNER | _FOUR_NORMS, norms_plus_one=True),
+    "gemma3": Architecture("gemma3_text", _OUTER, _INNER | _FOUR_NORMS | _QK_NORMS, norms_plus_one=True),
     "gptneox": Architecture(
         "gpt_neox",
         {

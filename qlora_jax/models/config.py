@@ -115,6 +115,12 @@ class LlamaConfig(DecoderTensors):
       qk_norm: whether the queries and keys of each head are normalized before they are rotated.
       sliding_window: a token sees the last so many tokens alone, itself one of them. None: all.
       layer_types: of each layer "sliding_attention" or "full_attention". None: all are alike.
+      local_rope_theta: rope_theta of layers with a window, which are not stretched. None: as of the others.
+      unit_offset: whether norms multiply by 1 + weight.
+      scaled_embedding: whether embeddings are multiplied by the root of hidden_size.
+      post_norms: whether what attention and MLP give is normalized, too, before it is added.
+      query_pre_attn_scalar: scores are divided by its root. None: by that of head_dim.
+      attn_logit_softcapping, final_logit_softcapping: c of `c * tanh(x / c)` for scores and logits. None: x.
     """
 
     vocab_size: int
@@ -136,6 +142,13 @@ class LlamaConfig(DecoderTensors):
     qk_norm: bool = False
     sliding_window: int | None = None
     layer_types: tuple[str, ...] | None = None
+    local_rope_theta: float | None = None
+    unit_offset: bool = False
+    scaled_embedding: bool = False
+    post_norms: bool = False
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "LlamaConfig":
@@ -149,6 +162,10 @@ class LlamaConfig(DecoderTensors):
         if (share := config.get("partial_rotary_factor", 1.0)) != 1.0:
             raise UserError(
                 f"partial_rotary_factor={share} of the model is not supported", why="whole heads are rotated"
+            )
+        if config.get("use_bidirectional_attention"):
+            raise UserError(
+                "use_bidirectional_attention=true of the model is not supported", why="tokens see earlier ones alone"
             )
         own = {field.name for field in dataclasses.fields(cls)}
         values = {key: value for key, value in config.items() if key in own and value is not None}
@@ -168,6 +185,12 @@ class LlamaConfig(DecoderTensors):
     @property
     def rotary_dim(self) -> int:
         return self.head_dim
+
+    def of_windows(self) -> "LlamaConfig":
+        """With the rotary positions of layers with a window."""
+        if self.local_rope_theta is None:
+            return self
+        return dataclasses.replace(self, rope_theta=self.local_rope_theta, rope_scaling=None, local_rope_theta=None)
 
     def linear_shape(self, linear: str) -> tuple[int, int]:
         queries = self.num_attention_heads * self.head_dim
@@ -193,7 +216,10 @@ class LlamaConfig(DecoderTensors):
         return BLOCK_LINEARS
 
     def block_vectors(self) -> dict[str, int]:
-        lengths = dict.fromkeys(("input_layernorm.weight", "post_attention_layernorm.weight"), self.hidden_size)
+        norms = ["input_layernorm", "post_attention_layernorm"]
+        if self.post_norms:
+            norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        lengths = dict.fromkeys((f"{norm}.weight" for norm in norms), self.hidden_size)
         if self.qk_norm:
             lengths |= dict.fromkeys(("self_attn.q_norm.weight", "self_attn.k_norm.weight"), self.head_dim)
         return lengths

@@ -5,6 +5,7 @@ h = model.hidden(input_ids, segment_ids=segment_ids)           # training: the h
 h, cache = model.hidden(prompt, cache=model.init_cache(1, 64)) # generation: prompt first, then token by token
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -35,6 +36,9 @@ class DecoderConfig(Rotary, Protocol):
     def max_position_embeddings(self) -> int: ...
     @property
     def sliding_window(self) -> int | None: ...
+    def of_windows(self) -> Rotary:
+        """What layers with a window rotate by."""
+        ...
 
 
 class Embedding(nnx.Module):
@@ -55,19 +59,31 @@ class Embedding(nnx.Module):
         return _logits(h, self.weight.get_value())
 
 
-class Masks(NamedTuple):
-    """What each query may see (None: everything up to itself), without the model's sliding window and with it."""
+class View(NamedTuple):
+    """Where tokens stand and what they see.
 
-    full: Bool[Array, "batch seq keys"] | None
-    windowed: Bool[Array, "batch seq keys"] | None
+    Attributes:
+      rotation: cosines and sines of the positions, `[batch, seq, 1, rotary_dim / 2]`.
+      mask: what each query may see; None: everything up to itself.
+    """
+
+    rotation: tuple[Array, Array]
+    mask: Bool[Array, "batch seq keys"] | None
+
+
+class Views(NamedTuple):
+    """The view of layers that see everything, and that of layers with the model's sliding window."""
+
+    full: View
+    windowed: View
 
 
 class Decoder(nnx.Module):
     """A language model of one stack of blocks. Families fill in what their own parts are called.
 
     All blocks are one module whose leaves have a leading axis of layers, `[L, ...]`, and a scan runs the block once per
-    layer. A block is called as `block(h, rotation, masks, rngs=key)` and gives h; with a cache as
-    `block(h, rotation, masks, slot, (keys, values))`, and gives h and the keys and values of these tokens.
+    layer. A block is called as `block(h, views, rngs=key)` and gives h; with a cache as
+    `block(h, views, slot, (keys, values))`, and gives h and the keys and values of these tokens.
 
     Attributes:
       config: DecoderConfig.
@@ -149,8 +165,8 @@ class Decoder(nnx.Module):
         if segment_ids is None and self._is_longer_than_window(seq):
             segment_ids = jnp.ones(input_ids.shape, jnp.int32)
         seen = None if segment_ids is None else visible(segment_ids, segment_ids)
-        rotation = self._rotation(positions, seen, input_ids)
-        h = scan_layers(self.blocks(), h, rotation, self._masks(seen, 0), rngs=rngs, remat=self.remat)
+        views = self._views(positions, seen, 0, input_ids)
+        h = scan_layers(self.blocks(), h, views, rngs=rngs, remat=self.remat)
         return self.last_norm(h)
 
     def init_cache(self, batch: int, max_len: int) -> KVCache:
@@ -171,28 +187,29 @@ class Decoder(nnx.Module):
             segment_ids = jnp.ones(h.shape[:2], jnp.int32)
         known = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, cache.length, axis=1)
         seen = visible(segment_ids, known, cache.length)
-        rotation = self._rotation(positions, seen, h)
+        views = self._views(positions, seen, cache.length, h)
         past = (cache.keys, cache.values)
-        masks = self._masks(seen, cache.length)
-        h, (keys, values) = scan_layers_with(self.blocks(), h, past, rotation, masks, cache.length)
+        h, (keys, values) = scan_layers_with(self.blocks(), h, past, views, cache.length)
         return self.last_norm(h), cache.extended(keys, values, segment_ids)
 
     def _is_longer_than_window(self, tokens: int) -> bool:
         return self.config.sliding_window is not None and tokens > self.config.sliding_window
 
-    def _masks(self, seen: Array | None, offset: int | Array) -> Masks:
-        if seen is None or not self._is_longer_than_window(seen.shape[2]):
-            return Masks(seen, seen)
-        assert self.config.sliding_window is not None
-        _, queries, keys = seen.shape
-        return Masks(seen, seen & near(queries, keys, self.config.sliding_window, offset))
-
-    def _rotation(self, positions: Array | None, seen: Array | None, like: Array) -> tuple[Array, Array]:
+    def _views(self, positions: Array | None, seen: Array | None, offset: int | Array, like: Array) -> Views:
+        """Of tokens at slots from `offset` on; `seen`: what they see without a window, None: all up to themselves."""
         if positions is None and seen is not None:
             positions = jnp.sum(seen, axis=-1) - 1  # it sees itself and the earlier ones of its segment
         elif positions is None:
             positions = jnp.broadcast_to(jnp.arange(like.shape[1])[None, :], like.shape[:2])
-        return rotations(positions, self.config)
+        full = View(rotations(positions, self.config), seen)
+        window, local = self.config.sliding_window, self.config.of_windows()
+        if window is None:
+            return Views(full, full)
+        rotation = full.rotation if local is self.config else rotations(positions, local)
+        if seen is not None and self._is_longer_than_window(seen.shape[2]):
+            _, queries, keys = seen.shape
+            seen &= near(queries, keys, window, offset)
+        return Views(full, View(rotation, seen))
 
 
 def attend_after(
@@ -202,14 +219,29 @@ def attend_after(
     key: Float[Array, "batch seq kv_heads head_dim"],
     value: Float[Array, "batch seq kv_heads head_dim"],
     mask: Bool[Array, "batch seq keys"] | None,
+    softcap: float | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Attention of tokens to themselves and, where there is a `past` (keys and values of a cache, into which these go
-    at `slot`), to those before them.
+    at `slot`), to those before them. With `softcap` c scores x become `c * tanh(x / c)`.
     """
     if past is not None and slot is not None:
         key = jax.lax.dynamic_update_slice_in_dim(past[0], key, slot, axis=1)
         value = jax.lax.dynamic_update_slice_in_dim(past[1], value, slot, axis=1)
+    if softcap is not None:
+        return _attend_capped(query, key, value, mask, softcap)
     return attend(query, key, value, mask, same_tokens=past is None)
+
+
+def _attend_capped(query: Array, key: Array, value: Array, mask: Array | None, softcap: float) -> Array:
+    """Plain attention, whose scores `[batch, heads, seq, keys]` exist as a whole: kernels know no caps."""
+    batch, seq, _, head_dim = query.shape
+    precision = jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
+    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    grouped = query.reshape(batch, seq, key.shape[2], -1, head_dim)
+    scores = softcap * jnp.tanh(product("bqhgd,bkhd->bhgqk", grouped, key) * (head_dim**-0.5 / softcap))
+    seen = jnp.tri(seq, dtype=bool)[None] if mask is None else mask
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1).astype(value.dtype)
+    return product("bhgqk,bkhd->bqhgd", weights, value).reshape(query.shape).astype(query.dtype)
 
 
 @jax.custom_vjp

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from qlora_jax.models.config import (
     ACTIVATIONS,
@@ -21,7 +21,7 @@ from qlora_jax.models.config import (
     check_heads,
     rope_scaling,
 )
-from qlora_jax.models.decoder import Decoder, Embedding, Masks, Weights, attend_after, split_key
+from qlora_jax.models.decoder import Decoder, Embedding, View, Views, Weights, attend_after, split_key
 from qlora_jax.models.rope import rotate
 from qlora_jax.nn import FrozenParam, nf4_dense
 
@@ -78,6 +78,9 @@ class GPTNeoXConfig(DecoderTensors):
     @property
     def sliding_window(self) -> None:
         return None
+
+    def of_windows(self) -> "GPTNeoXConfig":
+        return self
 
     def linear_shape(self, linear: str) -> tuple[int, int]:
         heads = self.num_attention_heads * self.head_dim
@@ -143,8 +146,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch seq embed"],
-        rotation: tuple[Array, Array],
-        mask: Bool[Array, "batch seq keys"] | None,
+        view: View,
         slot: Int[Array, ""] | None,
         past: tuple[Array, Array] | None,
         rngs: PRNGKeyArray | None,
@@ -153,8 +155,8 @@ class Attention(nnx.Module):
         qkv_key, dense_key = split_key(rngs, 2)
         by_head = self.query_key_value(x, rngs=qkv_key).reshape(*x.shape[:2], -1, 3 * self.head_dim)
         query, key, value = jnp.split(by_head, 3, axis=-1)
-        query, key = rotate(query, *rotation), rotate(key, *rotation)
-        y = attend_after(past, slot, query, key, value, mask)
+        query, key = rotate(query, *view.rotation), rotate(key, *view.rotation)
+        y = attend_after(past, slot, query, key, value, view.mask)
         return self.dense(y.reshape(*x.shape[:2], -1), rngs=dense_key), (key, value)
 
 
@@ -186,8 +188,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         h: Float[Array, "batch seq embed"],
-        rotation: tuple[Array, Array],
-        masks: Masks,
+        views: Views,
         slot: Int[Array, ""] | None = None,
         past: tuple[Array, Array] | None = None,
         *,
@@ -195,7 +196,7 @@ class Block(nnx.Module):
     ) -> Any:
         """See Decoder."""
         attention_key, mlp_key = split_key(rngs, 2)
-        y, own = self.attention(self.input_layernorm(h), rotation, masks.full, slot, past, attention_key)
+        y, own = self.attention(self.input_layernorm(h), views.full, slot, past, attention_key)
         read = h if self.parallel else h + y
         h = h + y + self.mlp(self.post_attention_layernorm(read), mlp_key)
         return h if past is None else (h, own)

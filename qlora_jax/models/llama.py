@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from qlora_jax.models.config import ACTIVATIONS, LlamaConfig
-from qlora_jax.models.decoder import Decoder, Embedding, Masks, Weights, attend_after, split_key
+from qlora_jax.models.decoder import Decoder, Embedding, View, Views, Weights, attend_after, split_key
 from qlora_jax.models.rope import rotate
 from qlora_jax.nn import FrozenParam, nf4_dense
 
@@ -25,38 +25,48 @@ class RMSNorm(nnx.Module):
 
     Attributes:
       weight: FrozenParam `[embed]`, `[L, embed]` in a stack, in the checkpoint's dtype.
+      unit_offset: multiply by 1 + weight, and round the product alone, as Gemma does.
     """
 
-    def __init__(self, weights: Weights, eps: float) -> None:
+    def __init__(self, weights: Weights, eps: float, *, unit_offset: bool = False) -> None:
         self.weight = FrozenParam(weights["weight"])
         self.eps = eps
+        self.unit_offset = unit_offset
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        # Rounded to the activations' dtype before the product, as HF does; the product is rounded once.
-        normed = normed.astype(x.dtype).astype(jnp.float32)
         weight = self.weight.get_value().astype(jnp.float32)
+        if self.unit_offset:
+            weight += 1.0
+        else:  # rounded to the activations' dtype before the product, as HF does; the product is rounded once
+            normed = normed.astype(x.dtype).astype(jnp.float32)
         return (normed * weight.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+def _norm(weights: Weights, name: str, config: LlamaConfig) -> RMSNorm:
+    return RMSNorm(weights[name], config.rms_norm_eps, unit_offset=config.unit_offset)
 
 
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions and grouped key/value heads."""
 
     def __init__(self, weights: Weights, config: LlamaConfig) -> None:
-        self.head_dim = config.head_dim
+        self.head_dim, self.softcap = config.head_dim, config.attn_logit_softcapping
+        # Attention divides scores by the root of head_dim.
+        scalar = config.query_pre_attn_scalar
+        self.query_scale = 1.0 if scalar is None else (config.head_dim / scalar) ** 0.5
         self.q_proj = nf4_dense.from_kernel(**weights["q_proj"], quant_type=None)
         self.k_proj = nf4_dense.from_kernel(**weights["k_proj"], quant_type=None)
         self.v_proj = nf4_dense.from_kernel(**weights["v_proj"], quant_type=None)
         self.o_proj = nf4_dense.from_kernel(**weights["o_proj"], quant_type=None)
-        self.q_norm = RMSNorm(weights["q_norm"], config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(weights["k_norm"], config.rms_norm_eps) if config.qk_norm else None
+        self.q_norm = _norm(weights, "q_norm", config) if config.qk_norm else None
+        self.k_norm = _norm(weights, "k_norm", config) if config.qk_norm else None
 
     def __call__(
         self,
         x: Float[Array, "batch seq embed"],
-        rotation: tuple[Array, Array],
-        mask: Bool[Array, "batch seq keys"] | None,
+        view: View,
         slot: Int[Array, ""] | None,
         past: tuple[Array, Array] | None,
         rngs: PRNGKeyArray | None,
@@ -69,8 +79,10 @@ class Attention(nnx.Module):
         value = self.v_proj(x, rngs=v_key).reshape(heads)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, *rotation), rotate(key, *rotation)
-        y = attend_after(past, slot, query, key, value, mask)
+        query, key = rotate(query, *view.rotation), rotate(key, *view.rotation)
+        if self.query_scale != 1.0:
+            query *= self.query_scale
+        y = attend_after(past, slot, query, key, value, view.mask, self.softcap)
         return self.o_proj(y.reshape(*x.shape[:2], -1), rngs=o_key), (key, value)
 
 
@@ -96,14 +108,18 @@ class Block(nnx.Module):
 
     Attributes:
       input_layernorm, self_attn, post_attention_layernorm, mlp: as named.
+      pre_feedforward_layernorm, post_feedforward_layernorm: None, but where there are `post_norms`.
       slides: FrozenParam, bool `[]`, `[L]` in a stack: whether this layer sees a window alone; None: all are alike.
     """
 
     def __init__(self, weights: Weights, config: LlamaConfig) -> None:
-        self.input_layernorm = RMSNorm(weights["input_layernorm"], config.rms_norm_eps)
+        self.input_layernorm = _norm(weights, "input_layernorm", config)
         self.self_attn = Attention(weights["self_attn"], config)
-        self.post_attention_layernorm = RMSNorm(weights["post_attention_layernorm"], config.rms_norm_eps)
+        self.post_attention_layernorm = _norm(weights, "post_attention_layernorm", config)
         self.mlp = MLP(weights["mlp"], config.hidden_act)
+        both = config.post_norms
+        self.pre_feedforward_layernorm = _norm(weights, "pre_feedforward_layernorm", config) if both else None
+        self.post_feedforward_layernorm = _norm(weights, "post_feedforward_layernorm", config) if both else None
         types = config.layer_types
         slides = None if types is None else jnp.asarray([kind == "sliding_attention" for kind in types])
         self.slides = nnx.data(None if slides is None else FrozenParam(slides))
@@ -111,8 +127,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         h: Float[Array, "batch seq embed"],
-        rotation: tuple[Array, Array],
-        masks: Masks,
+        views: Views,
         slot: Int[Array, ""] | None = None,
         past: tuple[Array, Array] | None = None,
         *,
@@ -120,12 +135,17 @@ class Block(nnx.Module):
     ) -> Any:
         """h after this layer; with `past`, the keys and values of earlier tokens, (h, this call's keys and values)."""
         attention_key, mlp_key = split_key(rngs, 2)
-        mask = masks.windowed
-        if self.slides is not None and masks.windowed is not None and masks.full is not None:
-            mask = jnp.where(self.slides.get_value(), masks.windowed, masks.full)
-        y, own = self.self_attn(self.input_layernorm(h), rotation, mask, slot, past, attention_key)
-        h = h + y
-        h = h + self.mlp(self.post_attention_layernorm(h), mlp_key)
+        view = views.windowed
+        if self.slides is not None:
+            slides = self.slides.get_value()
+            view = jax.tree.map(lambda windowed, full: jnp.where(slides, windowed, full), views.windowed, views.full)
+        y, own = self.self_attn(self.input_layernorm(h), view, slot, past, attention_key)
+        if self.pre_feedforward_layernorm is not None and self.post_feedforward_layernorm is not None:
+            h = h + self.post_attention_layernorm(y)
+            h = h + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h), mlp_key))
+        else:
+            h = h + y
+            h = h + self.mlp(self.post_attention_layernorm(h), mlp_key)
         return h if past is None else (h, own)
 
 
@@ -156,11 +176,12 @@ class Llama(Decoder):
         super().__init__(config, dtype)
         self.embed_tokens = Embedding(weights["embed_tokens"])
         self.layers = Block(weights["layers"], config)
-        self.norm = RMSNorm(weights["norm"], config.rms_norm_eps)
+        self.norm = _norm(weights, "norm", config)
         self.lm_head = None if config.tie_word_embeddings else Embedding(weights["lm_head"])
 
     def embed(self, input_ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
-        return self.embed_tokens(input_ids, self.dtype)
+        h = self.embed_tokens(input_ids, self.dtype)
+        return h * jnp.asarray(self.config.hidden_size**0.5, h.dtype) if self.config.scaled_embedding else h
 
     def blocks(self) -> Block:
         return self.layers
@@ -170,3 +191,7 @@ class Llama(Decoder):
 
     def head_embedding(self) -> Embedding:
         return self.lm_head or self.embed_tokens
+
+    def head(self, h: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
+        logits, cap = super().head(h), self.config.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -19,6 +19,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2, windows in late layers": {"model_type": "qwen2"} | _LATE,
     "qwen3": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
     "qwen3, biases, windows in late layers": {"model_type": "qwen3", "head_dim": 16, "attention_bias": True} | _LATE,
+    "gemma": {"model_type": "gemma", "head_dim": 32},
+    "gemma2": {"model_type": "gemma2", "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 20},
+    "gemma2, other scale": {"model_type": "gemma2", "head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 20},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 6,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 20,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 4.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
     "gpt_neox": {"model_type": "gpt_neox", "hidden_act": "gelu"},
     "gpt_neox, one after the other": {
         "model_type": "gpt_neox",
@@ -62,6 +76,9 @@ GGUF = {
     "mistral, no window": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
     "gpt_neox": "gptneox",
 }
 
@@ -91,7 +108,17 @@ def write_gguf(file: Path, architecture: str, config: dict[str, Any], tensors: d
         writer.add_rope_freq_base(config["rope_theta"])
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
+    if architecture in ("gemma2", "gemma3"):
+        writer.add_sliding_window(config["sliding_window"])
+        if architecture == "gemma2":
+            writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+            writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+        else:
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(config["rope_scaling"]["factor"])
     for name, values in tensors.items():
+        if architecture.startswith("gemma") and name.endswith("norm.weight"):
+            values = values + 1
         if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             count = heads if "q_proj" in name else kv_heads
             values = values.reshape(count, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)

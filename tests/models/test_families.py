@@ -94,7 +94,9 @@ def test_what_a_config_leaves_out_is_the_familys() -> None:
     qwen = config(model_type="qwen3")
     assert (qwen["head_dim"], qwen["qk_norm"], qwen["attention_bias"]) == (128, True, False)
     for kind in FAMILIES:
-        assert config(model_type=kind)["rope_theta"] == 10000.0
+        assert config(model_type=kind)["rope_theta"] == (1e6 if kind == "gemma3_text" else 10000.0)
+    gemma = config(model_type="gemma", hidden_act="gelu", hidden_activation=None)
+    assert (gemma["hidden_act"], gemma["tie_word_embeddings"], gemma["head_dim"]) == ("gelu_pytorch_tanh", True, 256)
 
 
 def test_windows_of_each_family() -> None:
@@ -112,6 +114,19 @@ def test_windows_of_each_family() -> None:
     assert windows(**late | {"max_window_layers": 0}, use_sliding_window=True) == (7, None)
     assert windows(**late | {"max_window_layers": 3}, use_sliding_window=True) == (None, None)
     assert windows(**late, use_sliding_window=True, layer_types=mixed[::-1]) == (7, mixed[::-1])
+    alternating = ["sliding_attention", "full_attention", "sliding_attention"]
+    assert windows(model_type="gemma2") == (4096, alternating)
+    assert windows(model_type="gemma3_text", sliding_window=7) == (7, None)  # the sixth layer would be the first full
+    assert windows(model_type="gemma3_text", sliding_window_pattern=2)[1] == alternating
+
+
+def test_both_spellings_of_gemma_3s_two_kinds_of_rotary_positions() -> None:
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    old = config(model_type="gemma3_text", rope_theta=1e5, rope_local_base_freq=5e3, rope_scaling=scaling)
+    kinds = {"full_attention": scaling | {"rope_theta": 1e5}, "sliding_attention": {"rope_theta": 5e3}}
+    new = config(model_type="gemma3_text", rope_parameters=kinds)
+    for made in (old, new):
+        assert (made["rope_theta"], made["local_rope_theta"], made["rope_scaling"]) == (1e5, 5e3, scaling)
 
 
 NEOX = {"model_type": "gpt_neox", "layer_norm_eps": 1e-5, "hidden_act": "gelu", "partial_rotary_factor": 0.25}
