@@ -18,6 +18,7 @@ from qlora_jax.models.config import ACTIVATIONS, LlamaConfig
 from qlora_jax.models.decoder import Decoder, Embedding, View, Views, Weights, attend_after, split_key
 from qlora_jax.models.rope import rotate
 from qlora_jax.nn import FrozenParam, nf4_dense
+from qlora_jax.nn.elementwise import recomputed
 
 
 class RMSNorm(nnx.Module):
@@ -34,9 +35,12 @@ class RMSNorm(nnx.Module):
         self.unit_offset = unit_offset
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
+        return recomputed(self._normed)(x, self.weight.get_value())
+
+    def _normed(self, x: Array, weight: Array) -> Array:
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        weight = self.weight.get_value().astype(jnp.float32)
+        weight = weight.astype(jnp.float32)
         if self.unit_offset:
             weight += 1.0
         else:  # rounded to the activations' dtype before the product, as HF does; the product is rounded once
@@ -99,8 +103,11 @@ class MLP(nnx.Module):
         self, x: Float[Array, "batch seq embed"], rngs: PRNGKeyArray | None
     ) -> Float[Array, "batch seq embed"]:
         gate_key, up_key, down_key = split_key(rngs, 3)
-        gated = ACTIVATIONS[self.activation](self.gate_proj(x, rngs=gate_key)) * self.up_proj(x, rngs=up_key)
+        gated = recomputed(self._gated)(self.gate_proj(x, rngs=gate_key), self.up_proj(x, rngs=up_key))
         return self.down_proj(gated, rngs=down_key)
+
+    def _gated(self, gate: Array, up: Array) -> Array:
+        return ACTIVATIONS[self.activation](gate) * up
 
 
 class Block(nnx.Module):
