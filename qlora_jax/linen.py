@@ -23,8 +23,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from qlora_jax.errors import UserError
 from qlora_jax.nf4 import NF4Tensor
-from qlora_jax.nn.dense import check_fit, freeze, frozen_base
-from qlora_jax.nn.lora import check_adapter, init_adapter, lora_a_init, lora_branch, take_key
+from qlora_jax.nn.adapted import adapted, frozen_base
+from qlora_jax.nn.dense import check_fit, freeze
+from qlora_jax.nn.lora import check_adapter, init_adapter, lora_a_init, take_key
 from qlora_jax.nn.surgery import DEFAULT_SKIP
 from qlora_jax.nn.traversal import Path, dotted, matching, require_matches
 
@@ -72,15 +73,13 @@ class nf4_dense(nn.Module):
         in_features = x.shape[-1]
         kernel = self.variable("nf4", "kernel", self._init_kernel, in_features).value
         check_fit(x, kernel)
-        branch = None
         if self.rank > 0:
             a = self.param("lora_a", self.a_init, (in_features, self.rank), jnp.float32)
             b = self.param("lora_b", nn.initializers.zeros, (self.rank, self.features), jnp.float32)
             key = self.make_rng("dropout") if self.dropout > 0 and self.has_rng("dropout") else None
-            branch = lora_branch(x, a, b, scaling=self.alpha / self.rank, dropout=self.dropout, key=key)
-        y = frozen_base(x, kernel)
-        if branch is not None:
-            y = y + branch  # in this order: see nn/lora.py
+            y = adapted(x, kernel, a, b, scaling=self.alpha / self.rank, dropout=self.dropout, key=key)
+        else:
+            y = frozen_base(x, kernel)
         if self.use_bias:
             bias = self.variable("nf4", "bias", jnp.zeros, (self.features,), jnp.float32).value
             y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))

@@ -5,6 +5,7 @@
 #include "cpu/attention_handler.h"
 #include "cpu/dispatch.h"
 #include "cpu/handlers.h"
+#include "cpu/outer_product_handler.h"
 #include "cpu/quantize_bindings.h"
 #include "cpu/quantize_handler.h"
 #include "nf4.h"
@@ -21,6 +22,7 @@ py::dict Registrations() {
   targets["qlora_jax_nf4_quantize"] = qlora_jax::Capsule(qlora_jax::Nf4Quantize);
   targets["qlora_jax_causal_attention"] = qlora_jax::Capsule(qlora_jax::CausalAttention);
   targets["qlora_jax_causal_attention_gradients"] = qlora_jax::Capsule(qlora_jax::CausalAttentionGradients);
+  targets["qlora_jax_outer_product"] = qlora_jax::Capsule(qlora_jax::OuterProduct);
   return targets;
 }
 
@@ -41,8 +43,8 @@ PYBIND11_MODULE(_cpu, m) {
       "instruction_set", [] { return qlora_jax::BestInstructionSet().name; },
       "Name of the instruction set whose kernels run.");
   m.def(
-      "has_attention", [] { return qlora_jax::BestInstructionSet().attention != nullptr; },
-      "Whether that instruction set has a kernel for causal attention.");
+      "computes_in_tiles", [] { return qlora_jax::BestInstructionSet().attention != nullptr; },
+      "Whether that instruction set has kernels in tiles of bfloat16: causal attention and outer products.");
   m.def("nf4_code", [] { return Values(qlora_jax::MakeNf4Code()); }, "The 16 NF4 values.");
   m.def("dynamic_map", [] { return Values(qlora_jax::MakeDynamicMap()); },
         "The 256 values of a double-quantized scale.");

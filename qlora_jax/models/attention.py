@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.models.blockwise import blockwise_attention
-from qlora_jax.models.fused_attention import fused_attention, has_fused_attention
-from qlora_jax.nf4.kernels import cuda_kernels_loaded
+from qlora_jax.models.fused_attention import fused_attention
+from qlora_jax.nf4.kernels import cpu_computes_in_tiles, cuda_kernels_loaded
 
 # Up to this many tokens the library's attention is as fast on a CPU as one head at a time, and simpler to compile.
 SHORT = 128
@@ -83,11 +83,10 @@ def attend(
       same_tokens: whether queries and keys are the same tokens, so that nothing after a query is seen. Has to be
         True where mask is None.
     """
-    if same_tokens and not cuda_kernels_loaded() and jax.default_backend() == "cpu":
-        if has_fused_attention(query.dtype):
-            return fused_attention(query, key, value, mask)
-        if query.shape[1] > SHORT:
-            return blockwise_attention(query, key, value, mask)
+    if same_tokens and cpu_computes_in_tiles(query.dtype):
+        return fused_attention(query, key, value, mask)
+    if same_tokens and query.shape[1] > SHORT and not cuda_kernels_loaded() and jax.default_backend() == "cpu":
+        return blockwise_attention(query, key, value, mask)
     # A GPU would multiply float32 in TF32, with ten bits of mantissa.
     with jax.default_matmul_precision("float32" if query.dtype == jnp.float32 else None):
         if mask is None:

@@ -1,34 +1,31 @@
-"""Causal attention of bfloat16 by the CPU's compiled kernel, where its instruction set has one (AMX)."""
+"""Causal attention of bfloat16 by the CPU's compiled kernel, where its instruction set computes in tiles (AMX)."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from qlora_jax.nf4.kernels import ATTENTION_GRADIENTS_TARGET, ATTENTION_TARGET, chosen_kernels, load_module
+from qlora_jax.nf4.kernels import ATTENTION_GRADIENTS_TARGET, ATTENTION_TARGET
 from qlora_jax.nf4.platforms import vary_like
-
-
-def has_fused_attention(dtype: jax.typing.DTypeLike) -> bool:
-    """Whether the compiled kernels that run on this CPU attend in `dtype`."""
-    return dtype == jnp.bfloat16 and chosen_kernels("cpu") == "ffi" and load_module("_cpu").has_attention()
 
 
 def fused_attention(
     query: Float[Array, "batch seq heads head_dim"],
     key: Float[Array, "batch seq kv_heads head_dim"],
     value: Float[Array, "batch seq kv_heads head_dim"],
-    mask: Bool[Array, "batch seq seq"] | None,
+    mask: Bool[Array, "#batch seq seq"] | None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """What `blockwise_attention` computes, of bfloat16: float32 scores and softmax, weights rounded to bfloat16.
+
+    For CPUs that compute in tiles alone (see cpu_computes_in_tiles).
 
     Args:
       query, key, value: of the same tokens.
       mask: True where a query sees a key, for each query at least itself; nothing after a query is seen whatever the
         mask says. None: all up to itself.
     """
-    if mask is None:
-        mask = jnp.zeros(0, jnp.bool_)
+    batch, seq = query.shape[:2]
+    mask = jnp.zeros(0, jnp.bool_) if mask is None else jnp.broadcast_to(mask, (batch, seq, seq))
     return _attention(query, key, value, mask)
 
 

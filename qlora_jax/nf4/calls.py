@@ -23,13 +23,22 @@ from qlora_jax.nf4.tensor import NF4Tensor, leaf_shapes
 DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
 
 
-def multiply(x: Array, w: NF4Tensor, *, input_gradient: bool, cuda_route: str | None = None) -> Array:
+def multiply(
+    x: Array,
+    w: NF4Tensor,
+    *,
+    input_gradient: bool,
+    cuda_route: str | None = None,
+    adapter: tuple[Array, Array] | None = None,
+) -> Array:
     """`x @ w`, or `x @ w.T` for the gradient, by one kernel.
 
     Args:
       x: `[m, in]`, or `[m, out]`, m > 0.
       w: a weight in layout "rows" for the CPU, "fragments" for CUDA.
       cuda_route: "skinny" or "tile" on CUDA; None: the CPU's kernel.
+      adapter: u `[m, rank]` and v `[out, rank]` (`[in, rank]`) in x's dtype; the CPU's kernel adds `u @ v.T` to its
+        sums before it rounds them.
     """
     rows, outputs = x.shape[0], w.local_shape[0 if input_gradient else 1]
     results = [jax.ShapeDtypeStruct((rows, outputs), x.dtype)]
@@ -42,7 +51,9 @@ def multiply(x: Array, w: NF4Tensor, *, input_gradient: bool, cuda_route: str | 
             # Partial sums are a result, not scratch memory of the call: a CUDA graph replays the launches without the
             # call, when its scratch memory would long be another's.
             results.append(jax.ShapeDtypeStruct((splits, rows, outputs), jnp.float32))
-    operands = (x, *_operands(w))
+    operands: tuple[Array, ...] = (x, *_operands(w))
+    if cuda_route is None:
+        operands += adapter or (jnp.zeros((rows, 0), x.dtype), jnp.zeros((outputs, 0), x.dtype))
     y, *_ = jax.ffi.ffi_call(MATMUL_DX_TARGET if input_gradient else MATMUL_TARGET, results)(*operands, **attributes)
     # Inside shard_map a foreign call's result is typed as equal on all devices; it varies where an operand does.
     return vary_like(y, operands)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import jax
+import jax.numpy as jnp
 
 # How a product runs on a CUDA GPU, and the attribute `route` of the two kernels that multiply.
 ROUTES = ("skinny", "tile", "dequantize")
@@ -23,6 +24,7 @@ MATMUL_DX_TARGET = "qlora_jax_nf4_matmul_dx"
 QUANTIZE_TARGET = "qlora_jax_nf4_quantize"
 ATTENTION_TARGET = "qlora_jax_causal_attention"
 ATTENTION_GRADIENTS_TARGET = "qlora_jax_causal_attention_gradients"
+OUTER_PRODUCT_TARGET = "qlora_jax_outer_product"
 # On CUDA alone.
 DEQUANTIZE_TARGET = "qlora_jax_nf4_dequantize"
 
@@ -162,6 +164,20 @@ def chosen_kernels(platform: str | None = None) -> str:
     if choice == "auto":
         return "ffi" if status == "loaded" else "xla"
     return choice
+
+
+def cpu_computes_in_tiles(dtype: jax.typing.DTypeLike) -> bool:
+    """Whether programs are for a CPU whose compiled kernels multiply tiles of `dtype` (AMX: bfloat16).
+
+    False where CUDA's kernels are loaded: a program may then be for either.
+    """
+    return (
+        dtype == jnp.bfloat16
+        and not cuda_kernels_loaded()
+        and jax.default_backend() == "cpu"
+        and chosen_kernels("cpu") == "ffi"
+        and load_module("_cpu").computes_in_tiles()
+    )
 
 
 def platform_name(backend: str) -> str:

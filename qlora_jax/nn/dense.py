@@ -9,11 +9,11 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from qlora_jax.errors import UserError
-from qlora_jax.nf4 import NF4Tensor, device_layout, nf4_matmul, place, quantize
+from qlora_jax.nf4 import NF4Tensor, device_layout, place, quantize
 from qlora_jax.nf4.matmul import check_operands
 from qlora_jax.nf4.placement import platform_of
-from qlora_jax.nn.lora import check_adapter, init_adapter, lora_a_init, lora_branch, take_key
-from qlora_jax.nn.products import frozen_product
+from qlora_jax.nn.adapted import adapted, frozen_base
+from qlora_jax.nn.lora import check_adapter, init_adapter, lora_a_init, take_key
 from qlora_jax.nn.variables import FrozenParam, NF4Param
 
 default_kernel_init = nnx.initializers.lecun_normal()
@@ -217,15 +217,14 @@ class nf4_dense(nnx.Module):
         x = jnp.asarray(x, self.dtype)
         kernel = self.kernel.get_value()
         check_fit(x, kernel)
-        branch = None
-        if self.lora_a is not None and self.lora_b is not None:
-            key = take_key(rngs, "dropout") if rngs is not None and self.dropout > 0 else None
-            a, b = self.lora_a.get_value(), self.lora_b.get_value()
-            branch = lora_branch(x, a, b, scaling=self.scaling, dropout=self.dropout, key=key)
-        y = frozen_base(x, kernel)
-        if branch is not None:
-            y = y + branch  # in this order: see lora.py
-        return self._plus_bias(y)
+        return self._plus_bias(self._product(x, kernel, rngs))
+
+    def _product(self, x: Array, kernel: NF4Tensor | Array, rngs: nnx.Rngs | PRNGKeyArray | None) -> Array:
+        if self.lora_a is None or self.lora_b is None:
+            return frozen_base(x, kernel)
+        key = take_key(rngs, "dropout") if rngs is not None and self.dropout > 0 else None
+        a, b = self.lora_a.get_value(), self.lora_b.get_value()
+        return adapted(x, kernel, a, b, scaling=self.scaling, dropout=self.dropout, key=key)
 
     def _plus_bias(self, y: Array) -> Array:
         if self.bias is None:
@@ -288,11 +287,6 @@ def freeze(kernel: NF4Tensor | Array, quant_type: str | None, block_size: int, d
     in_features, out_features = kernel.shape[-2:]
     layout = device_layout((in_features, out_features), block_size, platform_of(kernel), quant_type)
     return quantize(kernel, quant_type, block_size, double_quant, layout=layout)
-
-
-def frozen_base(x: Float[Array, "*batch in"], kernel: NF4Tensor | Array) -> Float[Array, "*batch out"]:
-    """x times a layer's frozen kernel, 4-bit or dense."""
-    return nf4_matmul(x, kernel) if isinstance(kernel, NF4Tensor) else frozen_product(x, kernel)
 
 
 def check_fit(x: Array, kernel: NF4Tensor | Array) -> None:

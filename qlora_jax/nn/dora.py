@@ -23,7 +23,8 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from qlora_jax.nf4 import NF4Tensor, dequantize
-from qlora_jax.nn.dense import check_fit, frozen_base, nf4_dense
+from qlora_jax.nn.adapted import frozen_base
+from qlora_jax.nn.dense import check_fit, nf4_dense
 from qlora_jax.nn.lora import dropped, lora_a_init, lora_branch, take_key
 from qlora_jax.nn.variables import FrozenParam
 

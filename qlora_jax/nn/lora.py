@@ -10,9 +10,10 @@ dtype. alpha / r is multiplied into x @ A, the smallest of the operands, in both
 branch's input alone, and only where a key is handed in: a random stream stored in the module would be an input of the
 scan over layers and of the rematerialized backward pass, and would repeat itself.
 
-On a GPU what a small product costs is the memory it moves, `[M, out]` three times where its result is added on its own.
-So a layer computes this branch before its frozen product and adds them as `frozen + branch`: where the frozen product
-is XLA's (route "dequantize"), XLA then lets it start from the branch's result (cuBLAS with beta = 1, or a fused
+What a small product costs is the memory it moves, `[M, out]` three times where its result is added on its own. So on a
+CPU the kernel of the frozen product takes `(x @ A) @ B` as a few more elements of what it sums over (nf4/adapter.py).
+On a GPU a layer computes this branch before its frozen product and adds them as `frozen + branch`: where the frozen
+product is XLA's (route "dequantize"), XLA then lets it start from the branch's result (cuBLAS with beta = 1, or a fused
 epilogue), and of the gradients' sum likewise, since the backward pass runs in the opposite order. Relied on, and seen
 in HLO compiled for an H100: both terms have x's dtype, and nothing but a reshape lies between product and sum.
 """

@@ -11,9 +11,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from qlora_jax.nf4.platforms import per_platform
+from qlora_jax.nf4.kernels import OUTER_PRODUCT_TARGET, cpu_computes_in_tiles
+from qlora_jax.nf4.platforms import per_platform, vary_like
 
 
 def mixed_product(x: Float[Array, "*batch k"], w: Float[Array, "k n"]) -> Float[Array, "*batch n"]:
@@ -31,7 +33,7 @@ def frozen_product(x: Float[Array, "*batch k"], w: Float[Array, "k n"]) -> Float
 
 @jax.custom_vjp
 def _mixed_product(x: Array, w: Array) -> Array:
-    return _dot(x, w.astype(x.dtype), 0)
+    return dot(x, w.astype(x.dtype), 0)
 
 
 def _mixed_product_fwd(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -41,7 +43,7 @@ def _mixed_product_fwd(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
 def _mixed_product_bwd(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, w = saved
     x_rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    return _dot(dy, w.astype(x.dtype), 1), _outer_product(x_rows, dy_rows, w.dtype)
+    return dot(dy, w.astype(x.dtype), 1), outer_product(x_rows, dy_rows, w.dtype)
 
 
 _mixed_product.defvjp(_mixed_product_fwd, _mixed_product_bwd)
@@ -49,7 +51,7 @@ _mixed_product.defvjp(_mixed_product_fwd, _mixed_product_bwd)
 
 @jax.custom_vjp
 def _frozen_product(x: Array, w: Array) -> Array:
-    return _dot(x, w.astype(x.dtype), 0)
+    return dot(x, w.astype(x.dtype), 0)
 
 
 def _frozen_product_fwd(x: Array, w: Array) -> tuple[Array, Array]:
@@ -57,29 +59,39 @@ def _frozen_product_fwd(x: Array, w: Array) -> tuple[Array, Array]:
 
 
 def _frozen_product_bwd(w: Array, dy: Array) -> tuple[Array, None]:
-    return _dot(dy, w.astype(dy.dtype), 1), None
+    return dot(dy, w.astype(dy.dtype), 1), None
 
 
 _frozen_product.defvjp(_frozen_product_fwd, _frozen_product_bwd)
 
 
-def _outer_product(x: Array, dy: Array, dtype: jax.typing.DTypeLike) -> Array:
+def outer_product(x: Array, dy: Array, dtype: jax.typing.DTypeLike) -> Array:
     """`x.T @ dy` in `dtype`, summed in float32.
 
+    A CPU that computes in tiles has a kernel for it: XLA would write both operands anew in float32 first. Elsewhere
     XLA's CPU backend is several times slower where the wider operand is the transposed one, as it is for A; it turns
     `(dy.T @ x).T` back into `x.T @ dy`, unless a barrier lies between product and transposition.
     """
 
     def directly(x: Array, dy: Array) -> Array:
-        return _dot(x.T, dy, 0, dtype)
+        return dot(x.T, dy, 0, dtype)
 
     def narrow_first(x: Array, dy: Array) -> Array:
-        return jax.lax.optimization_barrier(_dot(dy.T, x, 0, dtype)).T
+        return jax.lax.optimization_barrier(dot(dy.T, x, 0, dtype)).T
 
+    if dtype == jnp.float32 and cpu_computes_in_tiles(x.dtype):
+        return _outer_product_in_tiles(x, dy)
     return per_platform(x, dy, cuda=directly, default=narrow_first if x.shape[1] > dy.shape[1] else directly)
 
 
-def _dot(x: Array, w: Array, w_axis: int, dtype: jax.typing.DTypeLike | None = None) -> Array:
+def _outer_product_in_tiles(x: Array, dy: Array) -> Array:
+    wide, narrow = (x, dy) if x.shape[1] > dy.shape[1] else (dy, x)
+    result = jax.ShapeDtypeStruct((x.shape[1], dy.shape[1]), jnp.float32)
+    call = jax.ffi.ffi_call(OUTER_PRODUCT_TARGET, result, vmap_method="sequential")
+    return vary_like(call(narrow, wide, features_first=np.int64(wide is x)), (x, dy))
+
+
+def dot(x: Array, w: Array, w_axis: int, dtype: jax.typing.DTypeLike | None = None) -> Array:
     """Contracts the last axis of x with axis `w_axis` of w; rounds once, to `dtype` or x's."""
     dimensions = (((x.ndim - 1,), (w_axis,)), ((), ()))
 

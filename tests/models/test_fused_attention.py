@@ -12,12 +12,12 @@ import pytest
 from qlora_jax.models import attention
 from qlora_jax.models.attention import attend, visible
 from qlora_jax.models.blockwise import blockwise_attention
-from qlora_jax.models.fused_attention import fused_attention, has_fused_attention
+from qlora_jax.models.fused_attention import fused_attention
 from qlora_jax.nf4 import use_kernels
-from qlora_jax.nf4.kernels import ATTENTION_TARGET, kernel_report
+from qlora_jax.nf4.kernels import ATTENTION_TARGET, cpu_computes_in_tiles
 
 here = pytest.mark.skipif(
-    kernel_report()["cpu"] != "loaded" or not has_fused_attention(jnp.bfloat16),
+    not cpu_computes_in_tiles(jnp.bfloat16),
     reason="this machine has no AMX; test_every_instruction_set runs these tests on a model of it",
 )
 # batch, seq, heads, kv_heads, head_dim: blocks are of 32 tokens by 32 features, four of them gathered.
@@ -120,6 +120,14 @@ def test_neither_the_batch_nor_later_tokens_leave_a_trace():
 
 
 @here
+def test_one_mask_for_all_rows():
+    *operands, _ = draw((3, 40, 2, 1, 32))
+    mask = window(1, 40)
+    every = fused_attention(*operands, jnp.concatenate([mask] * 3))
+    np.testing.assert_array_equal(fused_attention(*operands, mask), every)
+
+
+@here
 def test_under_vmap_each_entry_is_computed_alone():
     *operands, _ = draw((4, 40, 2, 1, 32))
     split = [x[:, None] for x in operands]
@@ -131,7 +139,6 @@ def test_under_vmap_each_entry_is_computed_alone():
 def test_attend_takes_it_for_bfloat16_alone_and_not_when_told_to_use_xla(monkeypatch):
     calls = []
     monkeypatch.setattr(attention, "fused_attention", lambda *args: calls.append(1) or fused_attention(*args))
-    monkeypatch.setattr(attention, "cuda_kernels_loaded", lambda: False)
     *operands, _ = draw((1, 40, 2, 1, 32))
     attend(*operands, None, same_tokens=True)
     assert len(calls) == 1
@@ -187,7 +194,7 @@ from qlora_jax._lib import _cpu
 import test_fused_attention as t
 
 digest = hashlib.sha256()
-if _cpu.has_attention():
+if _cpu.computes_in_tiles():
     *operands, dy = t.draw((1, 70, 2, 1, 40))
     for x in t.with_gradients(t.fused_attention, *operands, None, dy):
         digest.update(np.asarray(x).tobytes())

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_jax.nf4 import NF4Tensor, kernel_report, nf4_matmul, use_kernels
+from qlora_jax.nf4.adapter import matmul_and_add
 from qlora_jax.nf4.codebook import DYNAMIC_MAP, NF4_CODE
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -68,6 +69,13 @@ def both(x, dy, w):
 @jax.jit
 def both_for_each(xs, dys, w):
     return [both(x, dy, w) for x, dy in zip(xs, dys, strict=True)]
+
+
+@jax.jit
+def both_with_adapter(x, dy, w, u, v, v_dx):
+    """(x @ w + u @ v.T, dy @ w.T + u @ v_dx.T), each by one kernel."""
+    with use_kernels("ffi"):
+        return matmul_and_add(x, w, u, v), matmul_and_add(dy, w, u, v_dx, input_gradient=True)
 
 
 def relative_error(got, x, matrix):
@@ -288,7 +296,12 @@ for in_features, out_features in ((576, 330), (150, 77)):
         w = t.random_weight(rng, in_features, out_features)
         x, dy = t.activations(rng, (101, in_features), dtype), t.activations(rng, (101, out_features), dtype)
         matrix = t.dense(w, dtype)
-        for got, operand, factor in zip(t.both(x, dy, w), (x, dy), (matrix, matrix.T)):
+        # An adapter is a few more elements of the sums; 40 of them are more than one step of any kernel.
+        u, v, v_dx = (t.activations(rng, (n, 40), dtype) for n in (101, out_features, in_features))
+        products = [*t.both(x, dy, w), *t.both_with_adapter(x, dy, w, u, v, v_dx)]
+        operands = [(x, matrix), (dy, matrix.T)]
+        operands += [(np.hstack([x, u]), np.vstack([matrix, v.T])), (np.hstack([dy, u]), np.vstack([matrix.T, v_dx.T]))]
+        for got, (operand, factor) in zip(products, operands, strict=True):
             worst = max(worst, t.relative_error(got, operand, factor)[0] / bound)
             digest.update(np.asarray(got).tobytes())
 print(json.dumps({"isa": _cpu.instruction_set(), "worst": worst, "digest": digest.hexdigest()}))
@@ -335,7 +348,8 @@ def test_an_unknown_instruction_set_is_reported():
 def call(x, packed, absmax, scale, offset, where=(0, 0, 0), *, out, row_blocks=1, block_size=64, weight_dtype=1):
     result = jax.ShapeDtypeStruct((x.shape[0], out), x.dtype)
     attributes = {"row_blocks": row_blocks, "block_size": block_size, "weight_dtype": weight_dtype}
-    operands = (x, packed, absmax, scale, offset, jnp.asarray(where, jnp.int32))
+    adapter = jnp.zeros((x.shape[0], 0), x.dtype), jnp.zeros((out, 0), x.dtype)
+    operands = (x, packed, absmax, scale, offset, jnp.asarray(where, jnp.int32), *adapter)
     return jax.ffi.ffi_call("qlora_jax_nf4_matmul", result)(
         *operands, **{name: np.int64(value) for name, value in attributes.items()}
     )

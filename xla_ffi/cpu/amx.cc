@@ -11,6 +11,7 @@
 #include "amx_tiles.h"
 
 #include "amx_attention.h"
+#include "amx_outer_product.h"
 
 namespace qlora_jax {
 
@@ -20,7 +21,7 @@ const InstructionSet& Amx() {
                                            return amx::Tiles::Takes(problem) ? amx::Tiles::kMethod
                                                                              : Avx512().choose(problem);
                                          },
-                                         &amx::Attention::kKernels};
+                                         &amx::Attention::kKernels, &amx::OuterProduct::kKernels};
   return set;
 }
 

@@ -11,6 +11,7 @@
 #include "amx_tiles.h"
 
 #include "amx_attention.h"
+#include "amx_outer_product.h"
 
 namespace qlora_jax {
 
@@ -20,7 +21,7 @@ const InstructionSet& AmxModel() {
                                            return amx_model::Tiles::Takes(problem) ? amx_model::Tiles::kMethod
                                                                              : Avx512().choose(problem);
                                          },
-                                         &amx_model::Attention::kKernels};
+                                         &amx_model::Attention::kKernels, &amx_model::OuterProduct::kKernels};
   return set;
 }
 

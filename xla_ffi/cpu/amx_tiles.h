@@ -9,7 +9,8 @@
 // runs put columns of the result out of order, which is mended when they are stored.
 //
 // A task decodes a part of its weights for one chunk of the reduction and multiplies it by all its rows of x before the
-// next; sums wait in between. Every sum takes its steps in order, so no cut of the work shows in the result.
+// next; sums wait in between. An adapter is a few more elements of the reduction, of which v is the weight. Every sum
+// takes its steps in order, so no cut of the work shows in the result.
 //
 // Included after avx512_vectors.h and amx_instructions.h or amx_model.h.
 #ifndef QLORA_JAX_CPU_AMX_TILES_H_
@@ -44,8 +45,14 @@ struct TaskRegion {
   int64_t output, outputs;
 };
 
+// At most 32 values; zeros where there are fewer.
+static inline __m512i LoadUpTo(const uint16_t* values, int64_t count) {
+  const __mmask32 valid = static_cast<__mmask32>((uint64_t{1} << Smaller(kBlockSide, count)) - 1);
+  return _mm512_maskz_loadu_epi16(valid, values);
+}
+
 // Packed activations: tiles [chunk][16 rows][step], zeros past the last row and the last element. What a task reads of
-// a chunk lies together.
+// a chunk lies together. Elements of u follow those of x, in chunks of their own.
 static inline int64_t RowTiles(const Problem& problem) { return CeilDivide(problem.rows, kTileSide); }
 
 static inline Strip PackedStrip(const Problem& problem, const uint8_t* packed, int64_t row, int64_t element,
@@ -54,26 +61,36 @@ static inline Strip PackedStrip(const Problem& problem, const uint8_t* packed, i
   return {packed + tile * kTileBytes, kTileRowBytes, kTileBytes, steps * kTileBytes};
 }
 
-static void PackRowTile(const Problem& problem, int64_t row_tile, void* packed) {
-  const int64_t first_row = row_tile * kTileSide;
-  for (int64_t begin = 0; begin < problem.reduction; begin += kChunk) {
-    const int64_t steps = CeilDivide(Smaller(kChunk, problem.reduction - begin), kBlockSide);
-    const Strip strip = PackedStrip(problem, static_cast<uint8_t*>(packed), first_row, begin, steps);
-    uint8_t* target = const_cast<uint8_t*>(strip.tiles);
-    for (int64_t element = begin; element < begin + steps * kBlockSide; element += kBlockSide, target += kTileBytes) {
-      const int64_t elements = Smaller(kBlockSide, problem.reduction - element);
-      const __mmask32 valid = static_cast<__mmask32>((uint64_t{1} << elements) - 1);
+// Packs 16 rows of a matrix of `columns`, whose first element is `begin` of what is summed over.
+template <bool kPairs, bool kRunOrder>
+static void PackMatrix(const Problem& problem, const void* matrix, int64_t columns, int64_t begin, int64_t first_row,
+                       uint8_t* packed) {
+  for (int64_t chunk = 0; chunk < columns; chunk += kChunk) {
+    const int64_t steps = CeilDivide(Smaller(kChunk, columns - chunk), kBlockSide);
+    uint8_t* target = const_cast<uint8_t*>(PackedStrip(problem, packed, first_row, begin + chunk, steps).tiles);
+    for (int64_t step = 0; step < steps; ++step, target += kTileBytes) {
+      const int64_t element = chunk + step * kBlockSide;
       __m512i rows[kTileSide];
       for (int i = 0; i < kTileSide; ++i) {
-        const uint16_t* x = static_cast<const uint16_t*>(problem.x) + (first_row + i) * problem.reduction + element;
-        rows[i] = first_row + i < problem.rows ? _mm512_maskz_loadu_epi16(valid, x) : _mm512_setzero_si512();
+        const uint16_t* source = static_cast<const uint16_t*>(matrix) + (first_row + i) * columns + element;
+        rows[i] = first_row + i < problem.rows ? LoadUpTo(source, columns - element) : _mm512_setzero_si512();
+        if (kRunOrder) rows[i] = InRunOrder(rows[i]);
       }
-      if (!problem.input_gradient) {
-        for (__m512i& row : rows) row = InRunOrder(row);
-        Transpose(rows);
-      }
+      if (kPairs) Transpose(rows);
       for (int i = 0; i < kTileSide; ++i) _mm512_store_si512(target + i * kTileRowBytes, rows[i]);
     }
+  }
+}
+
+static void PackRowTile(const Problem& problem, int64_t row_tile, void* packed) {
+  uint8_t* tiles = static_cast<uint8_t*>(packed);
+  const int64_t row = row_tile * kTileSide, after_x = RoundUpToBlock(problem.reduction);
+  if (problem.input_gradient) {
+    PackMatrix<false, false>(problem, problem.x, problem.reduction, 0, row, tiles);
+    PackMatrix<false, false>(problem, problem.u, problem.rank, after_x, row, tiles);
+  } else {
+    PackMatrix<true, true>(problem, problem.x, problem.reduction, 0, row, tiles);
+    PackMatrix<true, false>(problem, problem.u, problem.rank, after_x, row, tiles);
   }
 }
 
@@ -134,6 +151,33 @@ static void DecodeInputGradient(const Nf4Weight& w, const Part& part, const Deco
       uint8_t* pairs = target + run * 2 * kTileRowBytes;
       _mm512_store_si512(pairs, _mm512_unpacklo_epi16(row[0][run], row[1][run]));
       _mm512_store_si512(pairs + kTileRowBytes, _mm512_unpackhi_epi16(row[0][run], row[1][run]));
+    }
+  }
+}
+
+// v in the place of decoded weights, for elements of the rank.
+static void FillForward(const Problem& problem, const Part& part, const Decoded& decoded) {
+  uint8_t* row = decoded.tiles;
+  for (int64_t i = 0; i < RoundUpToBlock(part.outputs); ++i, row += decoded.row_bytes) {
+    const uint16_t* v = static_cast<const uint16_t*>(problem.v) + (part.output + i) * problem.rank + part.element;
+    for (int64_t j = 0; j < part.elements; j += kBlockSide) {
+      _mm512_store_si512(row + j * 2, i < part.outputs ? LoadUpTo(v + j, part.elements - j) : _mm512_setzero_si512());
+    }
+  }
+}
+
+static void FillInputGradient(const Problem& problem, const Part& part, const Decoded& decoded) {
+  for (int64_t element = 0; element < part.elements; element += kBlockSide) {
+    uint8_t* tile = decoded.tiles + element / 2 * decoded.row_bytes;
+    for (int64_t column = 0; column < part.outputs; column += kTileSide, tile += kTileRowBytes) {
+      __m512i columns[kTileSide];
+      for (int i = 0; i < kTileSide; ++i) {  // in the order of decoded columns
+        const int64_t output = part.output + column + i % 4 * 4 + i / 4;
+        const uint16_t* v = static_cast<const uint16_t*>(problem.v) + output * problem.rank + part.element + element;
+        columns[i] = LoadUpTo(v, part.elements - element);
+      }
+      Transpose(columns);
+      for (int i = 0; i < kTileSide; ++i) _mm512_store_si512(tile + i * decoded.row_bytes, columns[i]);
     }
   }
 }
@@ -209,7 +253,8 @@ struct Tiles {
     // Four tasks a thread balance the load.
     const int64_t output_parts = CeilDivide(4 * threads, row_parts);
     Plan plan;
-    plan.packed_bytes = RowTiles(problem) * CeilDivide(problem.reduction, kBlockSide) * kTileBytes;
+    const int64_t steps = CeilDivide(problem.reduction, kBlockSide) + CeilDivide(problem.rank, kBlockSide);
+    plan.packed_bytes = RowTiles(problem) * steps * kTileBytes;
     plan.pack_tasks = RowTiles(problem);
     plan.tile_rows = CeilDivide(row_blocks, row_parts) * kBlockSide;
     plan.tile_outputs = Smaller(CeilDivide(output_blocks, output_parts) * kBlockSide, kMaxTaskOutputs);
@@ -218,20 +263,14 @@ struct Tiles {
     return plan;
   }
 
-  // sums (+)= a part of the weight times all rows of the task.
-  template <Dtype kWeight>
-  static void MultiplyPart(const Problem& problem, const TaskRegion& task, const Part& part, const uint8_t* packed,
-                           const Decoded& decoded, float* block) {
-    if (problem.input_gradient) {
-      DecodeInputGradient<kWeight>(problem.weight, part, decoded);
-    } else {
-      DecodeForward<kWeight>(problem.weight, part, decoded);
-    }
+  // sums (+)= a decoded part times all rows of the task; `element` is the part's first of what is summed over.
+  static void MultiplyPart(const Problem& problem, const TaskRegion& task, const Part& part, int64_t element,
+                           const uint8_t* packed, const Decoded& decoded, float* block) {
     const int64_t steps = CeilDivide(part.elements, kBlockSide);
-    const bool add = part.element > 0;
+    const bool add = element > 0;
     for (int64_t output = 0; output < part.outputs; output += kBlockSide) {
       for (int64_t row = 0; row < task.rows; row += kBlockSide, block += BlockSums(task)) {
-        const Strip x = PackedStrip(problem, packed, task.row + row, part.element, steps);
+        const Strip x = PackedStrip(problem, packed, task.row + row, element, steps);
         const bool whole = RowHalves(task, row) == 2;
         const int64_t tile_bytes = kTileSide * decoded.row_bytes;
         if (problem.input_gradient) {
@@ -249,18 +288,26 @@ struct Tiles {
   static void MultiplyTask(const Problem& problem, const TaskRegion& task, const uint8_t* packed,
                            const Decoded& decoded, float* sums) {
     const int64_t decoded_outputs = DecodedOutputs(problem);
-    const int64_t end = task.output + task.outputs;
+    const int64_t end = task.output + task.outputs, after_x = RoundUpToBlock(problem.reduction);
     const int64_t block_row = CeilDivide(task.rows, kBlockSide) * BlockSums(task);
-    for (int64_t element = 0; element < problem.reduction; element += kChunk) {
-      const int64_t elements = Smaller(kChunk, problem.reduction - element);
-      for (int64_t output = task.output; output < end; output += decoded_outputs) {
-        Part part{output, Smaller(decoded_outputs, end - output), element, elements, output + decoded_outputs, element};
-        if (part.next_output >= end) {
-          part.next_output = task.output;
-          part.next_element += elements;
+    for (int pass = 0; pass < 2; ++pass) {
+      const bool adapter = pass == 1;
+      const int64_t all_elements = adapter ? problem.rank : problem.reduction;
+      for (int64_t element = 0; element < all_elements; element += kChunk) {
+        const int64_t elements = Smaller(kChunk, all_elements - element);
+        for (int64_t output = task.output; output < end; output += decoded_outputs) {
+          const int64_t next = output + decoded_outputs;
+          const Part part{output, Smaller(decoded_outputs, end - output), element, elements,
+                          next < end ? next : task.output, next < end ? element : element + elements};
+          if (problem.input_gradient) {
+            adapter ? FillInputGradient(problem, part, decoded)
+                    : DecodeInputGradient<kWeight>(problem.weight, part, decoded);
+          } else {
+            adapter ? FillForward(problem, part, decoded) : DecodeForward<kWeight>(problem.weight, part, decoded);
+          }
+          MultiplyPart(problem, task, part, (adapter ? after_x : 0) + element, packed, decoded,
+                       sums + (output - task.output) / kBlockSide * block_row);
         }
-        MultiplyPart<kWeight>(problem, task, part, packed, decoded,
-                              sums + (output - task.output) / kBlockSide * block_row);
       }
     }
   }

@@ -6,10 +6,10 @@
 #include <string>
 
 #include "../operands.h"
-#include "aligned_bytes.h"
 #include "attention.h"
 #include "dispatch.h"
 #include "parallel.h"
+#include "workspace.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace qlora_jax {
@@ -79,7 +79,7 @@ void RunForward(ffi::ThreadPool& pool, const AttentionProblem& p) {
   const int64_t parts = std::clamp<int64_t>((2 * threads + kv_heads - 1) / kv_heads, 1, steps);
   const int64_t tasks = kv_heads * parts, workers = std::min(threads, tasks);
   const int64_t stride = Stride(kernels.forward_bytes(p));
-  const AlignedBytes workspace(workers * stride);
+  const Workspace workspace(workers * stride);
   ForEach(pool, tasks, workers, [&](int64_t task, int64_t worker) {
     const int64_t part = task % parts;
     const int64_t begin = steps * part / parts * kernels.query_step;
@@ -93,7 +93,7 @@ void RunBackward(ffi::ThreadPool& pool, const AttentionProblem& p) {
   const int64_t tasks = p.batch * p.kv_heads;
   const int64_t workers = std::min<int64_t>(std::max<int64_t>(1, pool.num_threads()), tasks);
   const int64_t stride = Stride(kernels.backward_bytes(p));
-  const AlignedBytes workspace(workers * stride);
+  const Workspace workspace(workers * stride);
   ForEach(pool, tasks, workers, [&](int64_t task, int64_t worker) {
     kernels.backward(p, task, workspace.get() + worker * stride);
   });

@@ -6,10 +6,10 @@
 #include <string>
 
 #include "../operands.h"
-#include "aligned_bytes.h"
 #include "dispatch.h"
 #include "parallel.h"
 #include "problem.h"
+#include "workspace.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace qlora_jax {
@@ -18,12 +18,17 @@ namespace {
 namespace ffi = xla::ffi;
 
 // Checks every operand and reads `where`, which on a CPU is within reach.
-ffi::ErrorOr<Problem> Decode(const ProductOperands& o) {
+ffi::ErrorOr<Problem> Decode(const ProductOperands& o, const ffi::AnyBuffer& u, const ffi::AnyBuffer& v) {
   const auto refuse = [](const std::string& message) {
     return ffi::Unexpected(ffi::Error::InvalidArgument("nf4_matmul: " + message));
   };
   const ffi::ErrorOr<ProductShapes> product = CheckProduct(o);
   if (product.has_error()) return ffi::Unexpected(product.error());
+  const int64_t rank = u.dimensions().size() == 2 ? u.dimensions()[1] : 0;
+  if (!Has(u, o.x.element_type(), {product->rows, rank}) || !Has(v, o.x.element_type(), {product->outputs, rank})) {
+    return refuse("an adapter's u " + Shape(u) + " and v " + Shape(v) + " do not fit " + Shapes(o) +
+                  ": needs [rows, rank] and [outputs, rank] of the same dtype");
+  }
   const WeightShape& shape = product->weight;
   const int32_t* where = o.weight.where.typed_data<int32_t>();
   const int64_t layer = std::clamp<int64_t>(where[0], 0, shape.layers - 1);
@@ -36,6 +41,9 @@ ffi::ErrorOr<Problem> Decode(const ProductOperands& o) {
   problem.rows = product->rows;
   problem.reduction = product->reduction;
   problem.outputs = product->outputs;
+  problem.u = u.untyped_data();
+  problem.v = v.untyped_data();
+  problem.rank = rank;
   problem.weight_dtype = shape.dtype;
   Nf4Weight& w = problem.weight;
   w.in_features = shape.in_features;
@@ -69,26 +77,27 @@ constexpr int64_t kSerialWork = int64_t{1} << 18;
 
 void Multiply(ffi::ThreadPool& pool, const Problem& problem) {
   const Method& method = BestInstructionSet().choose(problem);
-  const bool serial = problem.rows * problem.reduction * problem.outputs < kSerialWork;
+  const bool serial = problem.rows * (problem.reduction + problem.rank) * problem.outputs < kSerialWork;
   const int64_t threads = serial ? 1 : std::max<int64_t>(1, pool.num_threads());
   const Plan plan = method.plan(problem, threads);
 
-  const AlignedBytes packed(plan.packed_bytes);
+  const Workspace packed(plan.packed_bytes);
   ForEach(pool, plan.pack_tasks, threads, [&](int64_t task, int64_t) { method.pack(problem, task, packed.get()); });
 
   const int64_t workers = std::min(threads, plan.tasks);
   const int64_t stride = (plan.workspace_bytes + 63) / 64 * 64;
-  const AlignedBytes workspace(workers * stride);
+  const Workspace workspace(workers * stride);
   ForEach(pool, plan.tasks, workers, [&](int64_t task, int64_t worker) {
     method.multiply(problem, plan, task, packed.get(), workspace.get() + worker * stride);
   });
 }
 
-ffi::Error Run(ffi::ThreadPool pool, const ProductOperands& operands) {
-  ffi::ErrorOr<Problem> problem = Decode(operands);
+ffi::Error Run(ffi::ThreadPool pool, const ProductOperands& operands, const ffi::AnyBuffer& u,
+               const ffi::AnyBuffer& v) {
+  ffi::ErrorOr<Problem> problem = Decode(operands, u, v);
   if (problem.has_error()) return problem.error();
   if (problem->rows == 0 || problem->outputs == 0) return ffi::Error::Success();
-  if (problem->reduction == 0) {
+  if (problem->reduction + problem->rank == 0) {
     std::fill_n(static_cast<uint8_t*>(problem->y), operands.y.size_bytes(), uint8_t{0});
     return ffi::Error::Success();
   }
@@ -104,16 +113,18 @@ ffi::Error Run(ffi::ThreadPool pool, const ProductOperands& operands) {
 template <bool kInputGradient>
 ffi::Error Implementation(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer packed, ffi::AnyBuffer absmax,
                           ffi::AnyBuffer absmax_scale, ffi::AnyBuffer absmax_offset, ffi::AnyBuffer where,
-                          ffi::Result<ffi::AnyBuffer> y, int64_t row_blocks, int64_t block_size,
-                          int64_t weight_dtype) {
+                          ffi::AnyBuffer u, ffi::AnyBuffer v, ffi::Result<ffi::AnyBuffer> y, int64_t row_blocks,
+                          int64_t block_size, int64_t weight_dtype) {
   const WeightOperands weight{packed,     absmax,     absmax_scale, absmax_offset,                       where,
                               row_blocks, block_size, weight_dtype, static_cast<int64_t>(Layout::kRows)};
-  return Run(pool, {x, *y, weight, kInputGradient});
+  return Run(pool, {x, *y, weight, kInputGradient}, u, v);
 }
 
 auto Binding() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
       .Arg<ffi::AnyBuffer>()
       .Arg<ffi::AnyBuffer>()
       .Arg<ffi::AnyBuffer>()

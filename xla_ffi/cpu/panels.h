@@ -6,7 +6,8 @@
 // copy serves both, neither weights nor activations are transposed, and x and y are walked row by row.
 //
 // Activations are packed once per call, as 32-bit words [chunk][row][kChunkSteps]: a word is what one multiply-add
-// step takes, one float32 or a pair of bfloat16. Chunks depend on the reduction alone.
+// step takes, one float32 or a pair of bfloat16. Chunks depend on the reduction alone. An adapter is a few more
+// elements of the reduction, of which v is the weight.
 #ifndef QLORA_JAX_CPU_PANELS_H_
 #define QLORA_JAX_CPU_PANELS_H_
 
@@ -214,6 +215,23 @@ static void StoreRows(const Problem& problem, const Tile& tile, int64_t outputs,
   }
 }
 
+// The part of v^T that a panel holds for one chunk of the rank, as if it were a part of the weight.
+template <class Steps, Dtype kActivation>
+static void FillAdapter(const Problem& problem, const Region& region, float* panel) {
+  using T = typename Stored<kActivation>::Type;
+  __builtin_memset(panel, 0, sizeof(float) * kChunkSteps * kPanelWidth);
+  for (int64_t i = 0; i < region.outputs; ++i) {
+    const T* v = static_cast<const T*>(problem.v) + (region.output + i) * problem.rank + region.reduction;
+    for (int64_t j = 0; j < region.elements; ++j) Steps::PutOne(panel, j, i, ToFloat<kActivation>(v[j]));
+  }
+}
+
+// Elements of x and then of u, in chunks; chunks of u begin anew.
+template <class Steps>
+static int64_t Chunks(int64_t elements) {
+  return CeilDivide(elements, int64_t{kChunkSteps} * Steps::kElements);
+}
+
 template <class Steps, Dtype kWeight, Dtype kActivation>
 static void MultiplyTile(const Problem& problem, const uint32_t* packed, const Tile& tile, float* panel, float* sums) {
   constexpr int64_t chunk_elements = kChunkSteps * Steps::kElements;
@@ -222,33 +240,40 @@ static void MultiplyTile(const Problem& problem, const uint32_t* packed, const T
   region.outputs = Smaller(kPanelWidth, problem.outputs - region.output);
   const int64_t vectors = (region.outputs + kLanes - 1) / kLanes;
   const int64_t rows = tile.row_end - tile.row_begin;
-  for (region.reduction = 0; region.reduction < problem.reduction; region.reduction += chunk_elements) {
-    region.elements = Smaller(chunk_elements, problem.reduction - region.reduction);
-    Fill<Steps, kWeight, kActivation>(problem, region, panel);
-    const int64_t steps = (region.elements + Steps::kElements - 1) / Steps::kElements;
-    const uint32_t* x =
-        packed + (region.reduction / chunk_elements * problem.rows + tile.row_begin) * int64_t{kChunkSteps};
+  const int64_t own_chunks = Chunks<Steps>(problem.reduction);
+  for (int64_t chunk = 0; chunk < own_chunks + Chunks<Steps>(problem.rank); ++chunk) {
+    const bool adapter = chunk >= own_chunks;
+    region.reduction = (adapter ? chunk - own_chunks : chunk) * chunk_elements;
+    region.elements = Smaller(chunk_elements, (adapter ? problem.rank : problem.reduction) - region.reduction);
+    if (adapter) {
+      FillAdapter<Steps, kActivation>(problem, region, panel);
+    } else {
+      Fill<Steps, kWeight, kActivation>(problem, region, panel);
+    }
+    const int64_t steps = CeilDivide(region.elements, Steps::kElements);
+    const uint32_t* x = packed + (chunk * problem.rows + tile.row_begin) * int64_t{kChunkSteps};
     for (int64_t row = 0; row < rows; row += kTileRows) {
       for (int64_t i = 0; i < vectors; i += kTileVectors) {
         MultiplyAnyBlock<Steps, kTileRows, kTileVectors>(
             Smaller(kTileRows, rows - row), Smaller(kTileVectors, vectors - i), x + row * kChunkSteps,
-            panel + i * kLanes, steps, region.reduction > 0, sums + row * kPanelWidth + i * kLanes);
+            panel + i * kLanes, steps, chunk > 0, sums + row * kPanelWidth + i * kLanes);
       }
     }
   }
   StoreRows<kActivation>(problem, tile, region.outputs, sums);
 }
 
-// Copies rows of x chunk by chunk, as the words that steps take; an odd last pair is filled with 0.
+// Copies rows of a matrix of `columns` chunk by chunk, as the words that steps take; an odd last pair is filled with 0.
 template <class Steps, Dtype kActivation>
-static void PackRows(const Problem& problem, int64_t row_begin, int64_t row_end, uint32_t* packed) {
+static void PackMatrix(const Problem& problem, const void* matrix, int64_t columns, int64_t row_begin, int64_t row_end,
+                       uint32_t* packed) {
   using T = typename Stored<kActivation>::Type;
   constexpr int64_t chunk_elements = kChunkSteps * Steps::kElements;
   for (int64_t row = row_begin; row < row_end; ++row) {
-    const T* x = static_cast<const T*>(problem.x) + row * problem.reduction;
+    const T* x = static_cast<const T*>(matrix) + row * columns;
     uint32_t* target = packed + row * kChunkSteps;
-    for (int64_t first = 0; first < problem.reduction; first += chunk_elements) {
-      const int64_t elements = Smaller(chunk_elements, problem.reduction - first);
+    for (int64_t first = 0; first < columns; first += chunk_elements) {
+      const int64_t elements = Smaller(chunk_elements, columns - first);
       if constexpr (Steps::kElements == 2) {
         if (elements % 2 != 0) target[elements / 2] = 0;
         __builtin_memcpy(target, x + first, sizeof(T) * elements);
@@ -267,12 +292,20 @@ static void PackRows(const Problem& problem, int64_t row_begin, int64_t row_end,
   }
 }
 
+template <class Steps, Dtype kActivation>
+static void PackRows(const Problem& problem, int64_t row_begin, int64_t row_end, uint32_t* packed) {
+  PackMatrix<Steps, kActivation>(problem, problem.x, problem.reduction, row_begin, row_end, packed);
+  packed += Chunks<Steps>(problem.reduction) * problem.rows * kChunkSteps;
+  PackMatrix<Steps, kActivation>(problem, problem.u, problem.rank, row_begin, row_end, packed);
+}
+
 // Multiplies bfloat16 activations by `Bfloat16Steps` and the others by Float32Steps.
 template <class Bfloat16Steps>
 struct Panels {
-  static int64_t Chunks(const Problem& problem) {
-    const int elements = problem.dtype == Dtype::kBfloat16 ? Bfloat16Steps::kElements : Float32Steps::kElements;
-    return CeilDivide(problem.reduction, int64_t{kChunkSteps} * elements);
+  static int64_t AllChunks(const Problem& problem) {
+    return problem.dtype == Dtype::kBfloat16
+               ? Chunks<Bfloat16Steps>(problem.reduction) + Chunks<Bfloat16Steps>(problem.rank)
+               : Chunks<Float32Steps>(problem.reduction) + Chunks<Float32Steps>(problem.rank);
   }
 
   static Plan MakePlan(const Problem& problem, int64_t threads) {
@@ -280,7 +313,7 @@ struct Panels {
     // Four tiles a thread balance the load.
     const int64_t row_parts = CeilDivide(4 * threads, panels);
     Plan plan;
-    plan.packed_bytes = Chunks(problem) * problem.rows * kChunkSteps * int64_t{sizeof(uint32_t)};
+    plan.packed_bytes = AllChunks(problem) * problem.rows * kChunkSteps * int64_t{sizeof(uint32_t)};
     plan.pack_tasks = CeilDivide(problem.rows, kPackRows);
     plan.tile_rows = Smaller(Larger(CeilDivide(problem.rows, row_parts), kMinTileRows), kMaxTileRows);
     plan.tile_rows = Smaller(plan.tile_rows, problem.rows);

@@ -9,18 +9,23 @@
 
 #include "../nf4.h"
 #include "attention.h"
+#include "outer_product.h"
 
 namespace qlora_jax {
 
 // y = x @ w (forward) or y = x @ w^T (the gradient of the input); y is [rows, outputs], x is [rows, reduction].
+// An adapter adds u @ v^T to the same sums: u is [rows, rank], v [outputs, rank].
 struct Problem {
   bool input_gradient;
   const void* x;
   void* y;
-  Dtype dtype;  // of x and y
+  const void* u;
+  const void* v;
+  Dtype dtype;  // of x, y, u and v
   int64_t rows;
   int64_t reduction;
   int64_t outputs;
+  int64_t rank;  // 0: there is no adapter
   Nf4Weight weight;
   Dtype weight_dtype;  // weights are rounded to it, then to `dtype`
 };
@@ -47,7 +52,9 @@ struct Method {
 struct InstructionSet {
   const char* name;
   const Method& (*choose)(const Problem& problem);
+  // Only of those that compute in tiles.
   const AttentionKernels* attention = nullptr;
+  const OuterProductKernels* outer_product = nullptr;
 };
 
 const InstructionSet& Portable();

@@ -33,6 +33,13 @@ struct Stored<Dtype::kFloat32> {
   using Type = float;
 };
 
+template <Dtype kDtype>
+static inline float ToFloat(typename Stored<kDtype>::Type value) {
+  if constexpr (kDtype == Dtype::kFloat32) return value;
+  if constexpr (kDtype == Dtype::kFloat16) return FromFloat16Bits(value);
+  if constexpr (kDtype == Dtype::kBfloat16) return FromBfloat16Bits(value);
+}
+
 static inline int64_t Smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t Larger(int64_t a, int64_t b) { return a < b ? b : a; }
 static inline int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
