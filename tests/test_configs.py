@@ -13,7 +13,9 @@ CONFIGS = shipped_configs()
 
 
 def test_the_promised_configurations_are_found_by_name():
-    assert {"smollm2/135m_qlora", "llama2/7b_qlora", demo.CONFIG} <= set(CONFIGS)
+    assert {"smollm2/135m_qlora", "llama2/7b_qlora", "qwen2.5/7b_qlora", "pythia/12b_qlora", demo.CONFIG} <= set(
+        CONFIGS
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)

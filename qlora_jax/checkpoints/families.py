@@ -109,6 +109,7 @@ _LLAMA_DEFAULTS: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
 }
+_SLIDING, _FULL = "sliding_attention", "full_attention"
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 
 
@@ -146,11 +147,13 @@ def normalised(raw: dict[str, Any]) -> dict[str, Any]:
     for key in _FLAGS:
         config[key] = bool(config.get(key, False))
     windowed = _windowed(config, family.windows)
-    config.pop("layer_types", None)
+    types = config.pop("layer_types", None)
+    if types and set(types) - {_SLIDING, _FULL} and family.windows in ("late", "patterned"):
+        raise ValueError(f"layer_types={types}: {_SLIDING} and {_FULL} are read")
     if not any(windowed):
         config.pop("sliding_window", None)
     elif not all(windowed):
-        config["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in windowed]
+        config["layer_types"] = [_SLIDING if slides else _FULL for slides in windowed]
     return config
 
 
@@ -163,7 +166,7 @@ def _windowed(config: dict[str, Any], windows: str) -> list[bool]:
     if windows == "all":
         return [True for _ in layers]
     if types := config.get("layer_types"):
-        return [kind == "sliding_attention" for kind in types]
+        return [kind == _SLIDING for kind in types]
     if windows == "patterned":
         return [(layer + 1) % config["sliding_window_pattern"] != 0 for layer in layers]
     return [layer >= config["max_window_layers"] for layer in layers]

@@ -71,6 +71,8 @@ def read_in_torch(folder: Path):
     return read.eval()
 
 
+# One of each.
+FAMILIES = ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gpt_neox")
 # What llama.cpp's converter calls the architecture; the others have no GGUF file that means what they do.
 GGUF = {
     "mistral, no window": "llama",

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
+from qlora_jax.checkpoints.bitsandbytes_writer import save_bitsandbytes
 from qlora_jax.checkpoints.families import FAMILIES, normalised
 from qlora_jax.checkpoints.source import open_checkpoint
 from qlora_jax.models.loading import load_model, read_shape
@@ -114,6 +115,8 @@ def test_windows_of_each_family() -> None:
     assert windows(**late | {"max_window_layers": 0}, use_sliding_window=True) == (7, None)
     assert windows(**late | {"max_window_layers": 3}, use_sliding_window=True) == (None, None)
     assert windows(**late, use_sliding_window=True, layer_types=mixed[::-1]) == (7, mixed[::-1])
+    with pytest.raises(ValueError, match="chunked_attention"):
+        windows(**late, layer_types=["chunked_attention"] * 3)
     alternating = ["sliding_attention", "full_attention", "sliding_attention"]
     assert windows(model_type="gemma2") == (4096, alternating)
     assert windows(model_type="gemma3_text", sliding_window=7) == (7, None)  # the sixth layer would be the first full
@@ -161,6 +164,8 @@ def test_buffers_of_old_gpt_neox_files_are_not_read(memory_checkpoint, tmp_path:
     model = load_model(tmp_path)
     np.testing.assert_array_equal(model.embed_out.weight.get_value(), tensors["lm_head.weight"])
     assert model.gpt_neox.layers.attention.dense.bias.get_value().shape == (3, 64)
+    save_bitsandbytes(model, tmp_path / "out", source=tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(load_model(tmp_path / "out")), nnx.state(model))
 
 
 def test_a_gguf_file_of_a_gpt_neox_has_its_tensors_and_configuration(memory_checkpoint, tmp_path: Path) -> None:

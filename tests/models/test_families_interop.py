@@ -16,13 +16,14 @@ from qlora_jax.checkpoints.peft import load_adapter, save_adapter
 from qlora_jax.evaluation.generation import generate
 from qlora_jax.models.loading import load_model
 
-from .decoders import GGUF, VARIANTS, read_in_torch, save_random_decoder, torch_logits, write_gguf
+from .decoders import FAMILIES, GGUF, VARIANTS, read_in_torch, save_random_decoder, torch_logits, write_gguf
 
 pytestmark = [
     pytest.mark.interop,
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # PEFT calls what transformers will remove
 ]
-every_family = pytest.mark.parametrize("variant", VARIANTS)
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+every_family = pytest.mark.parametrize("variant", FAMILIES)
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def adapted(model, seed: int):
     return model
 
 
-@every_family
+@every_variant
 def test_logits_of_plain_padded_and_packed_rows(tmp_path: Path, variant: str, seed: int) -> None:
     theirs = save_random_decoder(tmp_path, seed, variant)
     model = load_model(tmp_path, quant_type=None, dtype=jnp.float32)
