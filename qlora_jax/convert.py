@@ -128,6 +128,7 @@ def run(options: argparse.Namespace) -> None:
             checkpoint,
             out,
             **settings,
+            source_sha256=checkpoint.fingerprint() if loftq is None else None,
             shard_bytes=options.shard_size,
             progress=meter.show,
             quantize=loftq.quantize if loftq is not None else None,

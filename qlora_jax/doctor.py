@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from qlora_jax.errors import UserError
 from qlora_jax.training.console import prepare_console, report_fault, report_mistakes
+from qlora_jax.training.options import hint
 
 if TYPE_CHECKING:
     from qlora_jax.diagnosis.advice import Problem
@@ -26,8 +26,7 @@ Exit codes: 0 usable (also with less than this machine could give), 1 something 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         words = message.partition("unrecognized arguments: ")[2].split()
-        close = difflib.get_close_matches(words[0], self._option_string_actions, n=1) if words else []
-        raise UserError(message, fix=f"did you mean {close[0]}?" if close else _HELP)
+        raise UserError(message, fix=hint(words[0], self._option_string_actions, _HELP) if words else _HELP)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

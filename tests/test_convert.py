@@ -24,7 +24,7 @@ def test_a_folder_is_quantized_and_the_next_command_works(tiny_llama, tmp_path, 
     code, out, err = run(capfd, folder, tmp_path / "out", "--shard-size", "100KB")
     assert code == 0
     assert "note:" not in err
-    assert "0.3 MB in 4 files, 4.13 bits per weight" in out
+    assert "0.3 MB in 3 files, 4.13 bits per weight" in out
     assert f"qlora_jax.train model.path={tmp_path / 'out'} data.path=rows.jsonl" in out
     answers = []
     for model in (folder, tmp_path / "out"):

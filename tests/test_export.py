@@ -102,6 +102,40 @@ def test_the_base_in_4_bits_and_its_adapter(run, tmp_path, capfd):
     assert "another sha256" not in err
 
 
+def test_an_adapter_fits_a_base_quantized_from_its_own_and_the_other_way(run, tmp_path, capfd):
+    from qlora_jax import convert
+
+    model, quantized = tmp_path / "model", tmp_path / "model-nf4"
+    assert convert.main([str(model), str(quantized)]) == 0
+    assert convert.main([str(model), str(tmp_path / "model-128"), "--block-size", "128"]) == 0
+    assert convert.main([str(model), str(tmp_path / "loftq"), "--loftq-rank", "4"]) == 0
+
+    def notes(adapter, base):
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        code, _, err = ask(capfd, adapter, out, "--to", "peft", "--model", base)
+        assert code == 0
+        return out, "another sha256" in err
+
+    assert not notes(run, quantized)[1]
+    assert notes(run, tmp_path / "model-128")[1]  # other bytes
+    assert notes(run, tmp_path / "loftq")[1]
+    # Trained on the folder in 4 bits: the header says of what they were made, also in a copy.
+    checkpoint, trained = open_checkpoint(quantized), load_model(quantized, rank=2, alpha=4.0)
+    assert checkpoint.quantized_from == f"{open_checkpoint(model).fingerprint()} nf4 64 double"
+    said = {"base_sha256": checkpoint.fingerprint(), "base_quantized_from": checkpoint.quantized_from}
+    save_adapter(trained, tmp_path / "adapter", base_model=str(quantized), **said)
+    copy, noted = notes(tmp_path / "adapter", model)
+    assert not noted
+    assert not notes(copy, model)[1]
+    assert notes(tmp_path / "adapter", tmp_path / "model-128")[1]
+    # The bytes are those that the model has when it is quantized while it is read.
+    np.testing.assert_array_equal(logits(load_model(model)), logits(load_model(quantized)))
+    # What is exported with its base knows both.
+    code, _, _ = ask(capfd, run, tmp_path / "both", "--to", "bitsandbytes")
+    assert code == 0
+    assert not notes(tmp_path / "both" / "adapter", model)[1]
+
+
 def test_requantizing_is_asked_for_and_its_cost_told(run, tmp_path, capfd):
     code, out, _ = ask(capfd, run, tmp_path / "out", "--to", "bitsandbytes", "--requantize")
     assert code == 0

@@ -1,7 +1,6 @@
 """The options of the timing door, and the refusals that need nothing but them."""
 
 import argparse
-import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from qlora_jax.errors import UserError
+from qlora_jax.training.options import hint
 
 WHAT = {
     "kernels": "nf4_matmul and its input gradient, beside XLA, cuBLAS and bitsandbytes' CUDA kernels (the default)",
@@ -54,8 +54,7 @@ class Parser(argparse.ArgumentParser):
         for argument in arguments:
             name = argument.partition("=")[0]
             if name.startswith("--") and name not in self._option_string_actions:
-                close = difflib.get_close_matches(name, self._option_string_actions, n=1)
-                raise UserError(f"unknown option {name}", fix=f"did you mean {close[0]}?" if close else _HELP)
+                raise UserError(f"unknown option {name}", fix=hint(name, self._option_string_actions, _HELP))
         options = self.parse_args(arguments)
         for name in set().union(*_OWN.values()) - _OWN[options.what]:
             if getattr(options, name) is not None:

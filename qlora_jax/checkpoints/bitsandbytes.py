@@ -20,12 +20,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qlora_jax.checkpoints.hf import HFCheckpoint, read_config
-from qlora_jax.checkpoints.tensorfile import first_line, read_tensors
+from qlora_jax.checkpoints.tensorfile import first_line, read_metadata, read_tensors
 from qlora_jax.errors import UserError
 from qlora_jax.nf4.codebook import BLOCK_SIZES, CODEBOOKS, DYNAMIC_MAP, SCALE_GROUP
 from qlora_jax.nf4.decode import dequantize
 from qlora_jax.nf4.tensor import NF4Tensor, leaf_shapes
 
+# In the header of the weights of folders that `convert` has written; see `quantized_from`.
+QUANTIZED_FROM = "quantized_from"
 _STATE = ".quant_state.bitsandbytes__"
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _MAPS = ("quant_map", "nested_quant_map")
@@ -73,6 +75,7 @@ class BitsandbytesCheckpoint(HFCheckpoint):
                 why="config.json says load_in_4bit, but no quant_state.bitsandbytes__nf4 or __fp4 is there",
                 fix="model.path=FOLDER of the 16-bit model, or remove quantization_config from config.json",
             )
+        self.quantized_from: str | None = read_metadata(min(self._files)).get(QUANTIZED_FROM)
         small = self._read_small([*weights.values(), *(f"{w}.{part}" for w in weights for part in _MAPS)])
         self._offsets: dict[str, np.float32] = {}
         self._maps: dict[str, np.ndarray] = {}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from qlora_jax.checkpoints.atomic import whole_folder
-from qlora_jax.checkpoints.bitsandbytes import BitsandbytesCheckpoint, Form
+from qlora_jax.checkpoints.bitsandbytes import QUANTIZED_FROM, BitsandbytesCheckpoint, Form
 from qlora_jax.checkpoints.bitsandbytes_writer import (
     SHARD_BYTES,
     packed_specs,
@@ -18,6 +18,7 @@ from qlora_jax.checkpoints.bitsandbytes_writer import (
     quantization_config,
 )
 from qlora_jax.checkpoints.companions import config_of, copy_companions, write_config
+from qlora_jax.checkpoints.digest import quantized_from
 from qlora_jax.checkpoints.source import Checkpoint
 from qlora_jax.checkpoints.tensorfile import not_finite
 from qlora_jax.checkpoints.tensorwriter import Group, TensorSpec, write_shards
@@ -61,6 +62,7 @@ def convert(
     quant_type: str = "nf4",
     block_size: int = 64,
     double_quant: bool = True,
+    source_sha256: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
     also: Callable[[Path], None] | None = None,
@@ -77,6 +79,8 @@ def convert(
       folder: where to; see `check_unused`.
       quant_type: "nf4" or "fp4", which are bitsandbytes'.
       block_size, double_quant: see quantize.
+      source_sha256: fingerprint of the checkpoint; recorded, so that an adapter trained on either is known to fit the
+        other. Not where `quantize` makes other bytes.
       shard_bytes: largest size of a file.
       progress: called as `progress(bytes written, bytes in all)` after each weight.
       also: called with the filled folder before it takes its place, to add files of its own.
@@ -118,7 +122,11 @@ def convert(
     leaves = [leaf_shapes(form.shape[::-1], form.block_size, form.double_quant).values() for form in forms.values()]
     size = sum(math.prod(shape) * dtype.itemsize for shapes in leaves for shape, dtype in shapes)
     bits = 8 * size / sum(math.prod(form.shape) for form in forms.values())
-    return _write(checkpoint, folder, groups, make, config, shard_bytes, progress, also, linear_bits=bits)
+    made_of = checkpoint.quantized_from if isinstance(checkpoint, BitsandbytesCheckpoint) else None
+    if source_sha256 is not None and not stored:
+        made_of = quantized_from(source_sha256, quant_type, block_size, double_quant)
+    metadata = {} if made_of is None else {QUANTIZED_FROM: made_of}
+    return _write(checkpoint, folder, groups, make, config, shard_bytes, progress, also, metadata, linear_bits=bits)
 
 
 def write_dense(
@@ -156,6 +164,7 @@ def write_dense(
         shard_bytes,
         progress,
         also,
+        metadata={},
         linear_bits=0.0,
     )
 
@@ -169,13 +178,14 @@ def _write(
     shard_bytes: int,
     progress: Progress | None,
     also: Callable[[Path], None] | None,
+    metadata: Mapping[str, str],
     *,
     linear_bits: float,
 ) -> Converted:
     with whole_folder(folder) as filled:
         missing = copy_companions(checkpoint, filled)  # first: what it may refuse costs no time then
         write_config(filled, config)
-        files = write_shards(filled, groups, make, shard_bytes=shard_bytes, progress=progress)
+        files = write_shards(filled, groups, make, shard_bytes=shard_bytes, metadata=metadata, progress=progress)
         if also is not None:
             also(filled)
     return Converted(

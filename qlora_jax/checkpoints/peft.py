@@ -50,6 +50,7 @@ def save_adapter(
     *,
     base_model: str,
     base_sha256: str,
+    base_quantized_from: str | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> None:
     """Writes the adapters of a model as PEFT reads them, with a README and, where given, tokenizer and chat template.
@@ -61,6 +62,7 @@ def save_adapter(
       folder: where to write.
       base_model: folder, file or hub name of the base.
       base_sha256: its `Checkpoint.fingerprint()`.
+      base_quantized_from: `BitsandbytesCheckpoint.quantized_from` of a base in 4 bits.
       tokenizer: saved beside the adapter.
 
     Raises:
@@ -93,7 +95,16 @@ def save_adapter(
     config = adapter_config(linears, names, base_model=base_model, dropout=dropout, whole=whole)
     with whole_folder(folder) as new:
         precision = _precision(adapted[0].dense)
-        write_adapter(new, linears, config, base_sha256, precision=precision, place=folder, whole=whole)
+        write_adapter(
+            new,
+            linears,
+            config,
+            base_sha256,
+            precision=precision,
+            place=folder,
+            whole=whole,
+            base_quantized_from=base_quantized_from,
+        )
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
 

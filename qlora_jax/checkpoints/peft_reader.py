@@ -106,6 +106,7 @@ class PeftAdapter:
       linears: by module name ("model.layers.0.self_attn.q_proj").
       whole: weights that replace the base's, by tensor name ("lm_head.weight").
       base_sha256: `Checkpoint.fingerprint()` of the base, where the adapter says it (those written here do).
+      base_quantized_from: what the base was quantized from, where it lay in 4 bits and said so; see `quantized_from`.
     """
 
     folder: Path
@@ -116,6 +117,7 @@ class PeftAdapter:
     linears: dict[str, LinearAdapter]
     whole: dict[str, np.ndarray]
     base_sha256: str | None
+    base_quantized_from: str | None
 
 
 def read_adapter(
@@ -160,6 +162,7 @@ def read_adapter(
             f"{file} has NaN or infinity in {listed(broken)}", why="the training run that wrote it diverged"
         )
     rank, alpha = _rank_and_alpha("", config, folder)
+    said = read_metadata(file)
     return PeftAdapter(
         folder=folder,
         config=config,
@@ -176,7 +179,8 @@ def read_adapter(
             for name, (_, module_alpha) in ranks.items()
         },
         whole={name: arrays[PREFIX + name] for name in replaced},
-        base_sha256=read_metadata(file).get("base_sha256"),
+        base_sha256=said.get("base_sha256"),
+        base_quantized_from=said.get("base_quantized_from"),
     )
 
 

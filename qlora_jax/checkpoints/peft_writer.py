@@ -22,6 +22,7 @@ def write_adapter(
     precision: str,
     place: Path,
     whole: Mapping[str, np.ndarray] | None = None,
+    base_quantized_from: str | None = None,
 ) -> None:
     """Writes weights, configuration and README.
 
@@ -33,16 +34,23 @@ def write_adapter(
       precision: how the base's weights are stored in training, for the README.
       place: where the folder will lie.
       whole: weights that replace the base's, by tensor name.
+      base_quantized_from: what the base was quantized from, where it lies in 4 bits and says so.
     """
     tensors = {PREFIX + name: value for name, value in (whole or {}).items()}
     for name, linear in linears.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = linear.a, linear.b
         if linear.magnitude is not None:
             tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = linear.magnitude
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", "base_sha256": base_sha256})
+    save_file(tensors, folder / WEIGHTS, metadata=metadata(base_sha256, base_quantized_from))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     text = readme(config, config["base_model_name_or_path"], base_sha256, precision, place)
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def metadata(base_sha256: str, base_quantized_from: str | None) -> dict[str, str]:
+    """What the header of an adapter's weights says."""
+    said = {"format": "pt", "base_sha256": base_sha256}
+    return said if base_quantized_from is None else said | {"base_quantized_from": base_quantized_from}
 
 
 def adapter_config(

@@ -7,7 +7,7 @@ quantized again unless that was asked for, and then with the rounding it costs.
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,17 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.checkpoints.atomic import whole_folder
-from qlora_jax.checkpoints.bitsandbytes import BitsandbytesCheckpoint
+from qlora_jax.checkpoints.bitsandbytes import QUANTIZED_FROM, BitsandbytesCheckpoint
 from qlora_jax.checkpoints.bitsandbytes_writer import QUANT_TYPES
 from qlora_jax.checkpoints.companions import copy_files
 from qlora_jax.checkpoints.conversion import Converted, block_linears, convert, write_dense
-from qlora_jax.checkpoints.digest import sha256_of
+from qlora_jax.checkpoints.digest import quantized_from, sha256_of
 from qlora_jax.checkpoints.merging import MergedCheckpoint, adapter_for
 from qlora_jax.checkpoints.peft_reader import CONFIG, WEIGHTS, PeftAdapter
 from qlora_jax.checkpoints.peft_readme import readme
+from qlora_jax.checkpoints.peft_writer import metadata
 from qlora_jax.checkpoints.source import Checkpoint, open_checkpoint
-from qlora_jax.checkpoints.tensorfile import read_json
+from qlora_jax.checkpoints.tensorfile import read_json, read_metadata
 from qlora_jax.errors import UserError
 from qlora_jax.models.loading import check_model
 from qlora_jax.training.config import TrainConfig
@@ -43,7 +44,7 @@ class Trained:
       adapter: what was trained.
       quantized: arguments of quantize for the linears in training; None: they were in 16 bits, or the base lies in 4
         bits already.
-      same_base: whether the base is the very file that was trained on; None: the adapter does not say what that was.
+      same_base: whether the base has the very weights that were trained on; None: the adapter does not say which.
     """
 
     checkpoint: Checkpoint
@@ -88,8 +89,23 @@ def open_trained(run: Path, model: str | None, say: Callable[[str], None]) -> Tr
         base_path=path,
         adapter=adapter,
         quantized=None if stored or arguments["quant_type"] is None else arguments,
-        same_base=None if adapter.base_sha256 is None else checkpoint.fingerprint() == adapter.base_sha256,
+        same_base=None if adapter.base_sha256 is None else _is_base(checkpoint, adapter, arguments),
     )
+
+
+def _is_base(checkpoint: Checkpoint, adapter: PeftAdapter, arguments: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint, read with these arguments, has the weights that an adapter was trained against: they are
+    those, or the one was quantized from the other as `convert` or the run does it.
+    """
+    sha256 = checkpoint.fingerprint()
+    if sha256 == adapter.base_sha256 or adapter.base_sha256 is None:
+        return sha256 == adapter.base_sha256
+    trained = adapter.base_quantized_from or quantized_from(adapter.base_sha256, **arguments)
+    if isinstance(checkpoint, BitsandbytesCheckpoint):
+        found = checkpoint.quantized_from
+    else:
+        found = quantized_from(sha256, **arguments)
+    return found is not None and found == trained
 
 
 def check_base(trained: Trained, *, original: bool) -> None:
@@ -117,7 +133,8 @@ def export_peft(trained: Trained, out: Path, *, base_name: str | None) -> None:
     """Copies the adapter, with its tokenizer and chat template, and says in it what its base is called."""
     with whole_folder(out) as new:
         sha256 = trained.adapter.base_sha256 or trained.checkpoint.fingerprint()
-        _write_adapter(trained, new, base_name or trained.base_path, sha256, place=out)
+        made_of = trained.adapter.base_quantized_from
+        _write_adapter(trained, new, base_name or trained.base_path, sha256, made_of, place=out)
 
 
 def export_merged(
@@ -152,9 +169,18 @@ def export_bitsandbytes(trained: Trained, out: Path, *, shard_bytes: int, progre
         copy_files(trained.adapter.folder, filled)
         (filled / "adapter").mkdir()
         sha256 = sha256_of(sorted(filled.glob("*.safetensors")))
-        _write_adapter(trained, filled / "adapter", str(out.absolute()), sha256, place=out / "adapter")
+        made_of = read_metadata(min(filled.glob("*.safetensors"))).get(QUANTIZED_FROM)
+        _write_adapter(trained, filled / "adapter", str(out.absolute()), sha256, made_of, place=out / "adapter")
 
-    return convert(trained.checkpoint, out, **quantized, shard_bytes=shard_bytes, progress=progress, also=also)
+    return convert(
+        trained.checkpoint,
+        out,
+        **quantized,
+        source_sha256=trained.checkpoint.fingerprint(),
+        shard_bytes=shard_bytes,
+        progress=progress,
+        also=also,
+    )
 
 
 def export_requantized(
@@ -186,13 +212,14 @@ def merged_checkpoint(
     return MergedCheckpoint(trained.checkpoint, adapter, quantized=quantized, dtype=dtype)
 
 
-def _write_adapter(trained: Trained, folder: Path, base_name: str, base_sha256: str, *, place: Path) -> None:
+def _write_adapter(
+    trained: Trained, folder: Path, base_name: str, base_sha256: str, made_of: str | None, *, place: Path
+) -> None:
     """The adapter of a run into a folder that will lie at `place`, for a base of another name and file."""
     source, config = trained.adapter.folder, dict(trained.adapter.config)
     config["base_model_name_or_path"] = base_name
     copy_files(source, folder)
-    metadata = {"format": "pt", "base_sha256": base_sha256}
-    save_file(load_file(source / WEIGHTS), folder / WEIGHTS, metadata=metadata)
+    save_file(load_file(source / WEIGHTS), folder / WEIGHTS, metadata=metadata(base_sha256, made_of))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     text = readme(config, base_name, base_sha256, _precision(trained), place)
     (folder / "README.md").write_text(text, encoding="utf-8")

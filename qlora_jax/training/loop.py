@@ -95,6 +95,7 @@ def run_training(
             folder.adapter,
             base_model=str(config.model.path),
             base_sha256=fingerprint["base_sha256"],
+            base_quantized_from=getattr(checkpoint, "quantized_from", None),
             tokenizer=prepared.tokenizer,
         )
         write_report(folder, config, result)  # last: it says that all the rest is there

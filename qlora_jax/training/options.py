@@ -2,7 +2,7 @@
 
 import argparse
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from qlora_jax.errors import UserError
@@ -69,8 +69,7 @@ class OptionParser(argparse.ArgumentParser):
                 continue
             name = "--" + key.lstrip("-").replace("_", "-")
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                raise UserError(f"unknown option {key}", fix=f"did you mean {close[0]}?" if close else self._help)
+                raise UserError(f"unknown option {key}", fix=hint(name, known, self._help))
             if known[name].nargs == 0:  # a flag
                 if equals and value.lower() not in ("true", "false"):
                     raise UserError(f"{argument}: {name} is true or false", fix=name)
@@ -80,6 +79,16 @@ class OptionParser(argparse.ArgumentParser):
             else:
                 raise UserError(f"{name} is given no value", fix=f"{name} {known[name].metavar or '...'}")
         return [*normalized, *places]
+
+
+def hint(name: str, known: Iterable[str], otherwise: str) -> str:
+    """`did you mean --temperature or --template?` for options that a name is part of or a plausible misspelling of."""
+    given, words = name.lstrip("-"), {word.lstrip("-"): word for word in known}
+    near = [word for word in words if len(given) > 2 and given in word]
+    # Compared without the dashes, which all share. At 0.65 a slip in a word of three letters is found ("rnu": run), and
+    # "nope" is not like "stop".
+    near = near or difflib.get_close_matches(given, words, n=1, cutoff=0.65)
+    return f"did you mean {' or '.join(words[word] for word in near[:3])}?" if near else otherwise
 
 
 def size_in_bytes(text: str) -> int:
