@@ -250,25 +250,23 @@ def _load(source: _Source, options: argparse.Namespace) -> "Asker":
     from qlora_jax.checkpoints.generation_config import read_generation_config
     from qlora_jax.checkpoints.peft import load_adapter
     from qlora_jax.checkpoints.source import open_checkpoint
-    from qlora_jax.data.rendering import Renderer
     from qlora_jax.evaluation.answers import Answerer
     from qlora_jax.evaluation.asking import Asker
-    from qlora_jax.models.decoder import Decoder
-    from qlora_jax.models.loading import load_model, refuse_t5
+    from qlora_jax.models.loading import load_model
     from qlora_jax.training.finished import base_model
     from qlora_jax.training.meter import Meter
+    from qlora_jax.training.preparation import renderer_for
 
     config = source.config
     path = base_model(source.model, _say)
     _say(f"loading {path}" + (f" with the adapter {source.adapter}" if source.adapter else ""))
     checkpoint = open_checkpoint(path)
-    refuse_t5(checkpoint)
     makers = read_generation_config(checkpoint)
     sampling = _sampling(options, makers.sampling if options.model_sampling else {})
     if options.model_sampling:
         rules = [f"{name} {value:g}" for name, value in sampling._asdict().items() if value is not None]
         _say(f"sampling: {', '.join(rules) or 'none, the likeliest token each time'}")
-    renderer = Renderer(checkpoint.tokenizer(), options.template or config.data.template)
+    renderer = renderer_for(checkpoint, checkpoint.tokenizer(), options.template or config.data.template)
     with Meter("loading", "tensors") as meter:
         model = load_model(
             checkpoint,
@@ -276,7 +274,6 @@ def _load(source: _Source, options: argparse.Namespace) -> "Asker":
             dtype=config.model.dtype,
             progress=meter.show,
         )
-    assert isinstance(model, Decoder)
     if source.adapter is not None:
         load_adapter(model, source.adapter)
     answerer = Answerer(

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import string
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -45,3 +46,48 @@ def tiny_llama(tmp_path: Path, golden_dir: Path) -> tuple[Path, Path]:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"instruction": f"{n}+1", "output": f"{n + 1}"}) + "\n" for n in range(40)))
     return model, rows
+
+
+T5_1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+_T5_SIZES = {"vocab_size": 128, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_decoder_layers": 2}
+_T5_SIZES |= {"num_heads": 4}
+
+
+@pytest.fixture(scope="session")
+def make_tiny_t5() -> Callable[..., Path]:
+    """`make_tiny_t5(folder, seed, **config)`: a random T5 1.1 of two layers, in single characters that end in </s>."""
+    import numpy as np
+    from ml_dtypes import bfloat16
+    from safetensors.numpy import save_file
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    from qlora_jax.models.t5_config import T5Config
+
+    def make(folder: Path, seed: int = 0, **changes) -> Path:
+        rng = np.random.default_rng(seed)
+        config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "torch_dtype": "bfloat16"}
+        config |= {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+        config |= _T5_SIZES | T5_1_1 | changes
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        tensors = {}
+        for name, shape in T5Config.from_dict(config).tensor_shapes().items():
+            values = rng.standard_normal(shape, np.float32)
+            if len(shape) == 1:
+                values = 1 + 0.3 * values
+            elif "relative" not in name:
+                # With a larger embedding a tied head would only ever repeat the last token.
+                values *= 0.3 if name == "shared.weight" else shape[1] ** -0.5
+            tensors[name] = values.astype(bfloat16)
+        save_file(tensors, folder / "model.safetensors")
+        characters = ["<pad>", "</s>", "<unk>", *string.printable]
+        tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        tokenizer.decoder = decoders.Fuse()
+        tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+        tokenizer.save(str(folder / "tokenizer.json"))
+        names = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "eos_token": "</s>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(names | {"pad_token": "<pad>"}))
+        return folder
+
+    return make

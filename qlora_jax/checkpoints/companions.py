@@ -13,6 +13,7 @@ from qlora_jax.errors import UserError
 _FILES = (
     "tokenizer.json",
     "tokenizer.model",
+    "spiece.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

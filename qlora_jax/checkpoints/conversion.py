@@ -28,7 +28,8 @@ from qlora_jax.nf4.tensor import NF4Tensor, leaf_shapes
 # (bytes written, bytes in all)
 Progress = Callable[[int, int], None]
 
-_LAYER_WEIGHT = re.compile(r"(?:.*\.)?layers\.\d+\..+\.weight")
+# The table of relative positions in a T5's first block is looked up, not multiplied by.
+_LAYER_WEIGHT = re.compile(r"(?:.*\.)?(?:layers|block)\.\d+\..+(?<!relative_attention_bias)\.weight")
 # Of dense tensors so much is looked at at a time.
 _CHUNK = 1 << 24
 

@@ -4,6 +4,7 @@ Formats, told apart by the first row and then the same for the whole file:
 
     alpaca           {"instruction": "Translate to French", "input": "good morning", "output": "bonjour"}
     prompt/response  {"prompt": "Translate to French: good morning", "response": "bonjour"}      (or "completion")
+    source/target    {"source": "Translate to French: good morning", "target": "bonjour"}        (or "input", "output")
     messages         {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]}
     ShareGPT         {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi!"}]}
 
@@ -173,8 +174,12 @@ def _alpaca(row: Mapping[str, Any]) -> Sequence[Message]:
     )
 
 
-def _prompt_and(response: str) -> Callable[[Mapping[str, Any]], Sequence[Message]]:
-    return lambda row: (Message("user", _text(row, "prompt")), Message("assistant", _answer(row, response)))
+def _pair(prompt: str, response: str) -> _Format:
+    return _Format(
+        f"{prompt}/{response}",
+        f'{{"{prompt}": ..., "{response}": ...}}',
+        lambda row: (Message("user", _text(row, prompt)), Message("assistant", _answer(row, response))),
+    )
 
 
 def _chat(row: Mapping[str, Any]) -> Sequence[Message]:
@@ -194,8 +199,10 @@ _FORMATS = {
         "ShareGPT", '{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}', _sharegpt
     ),
     "instruction": _Format("alpaca", '{"instruction": ..., "input": ... (may be absent), "output": ...}', _alpaca),
-    "completion": _Format("prompt/completion", '{"prompt": ..., "completion": ...}', _prompt_and("completion")),
-    "prompt": _Format("prompt/response", '{"prompt": ..., "response": ...}', _prompt_and("response")),
+    "completion": _pair("prompt", "completion"),
+    "prompt": _pair("prompt", "response"),
+    "source": _pair("source", "target"),
+    "input": _pair("input", "output"),
 }
 _ANSWERS = ("output", "response", "completion", "target")
 _EVERY_FORMAT = " or ".join(each.expected for each in _FORMATS.values())

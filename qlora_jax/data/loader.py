@@ -21,7 +21,7 @@ from qlora_jax.errors import UserError
 PACKING_ROWS = 64
 
 
-class Batch(TypedDict):
+class _Tokens(TypedDict):
     """Arrays of shape [batch_size, seq_len], and where they come from.
 
     Padding has segment 0, position 0, token 0 and no loss. `lines` are the data file's lines, per row; an empty row has
@@ -36,9 +36,16 @@ class Batch(TypedDict):
     lines: list[list[int]]
 
 
-def drop_long(examples: Sequence[Example], seq_len: int) -> tuple[list[Example], int]:
-    """Examples of at most `seq_len` tokens, and how many others there were."""
-    kept = [example for example in examples if len(example.input_ids) <= seq_len]
+class Batch(_Tokens, total=False):
+    """Of an encoder-decoder also arrays of shape [batch_size, source_len], with the same numbers of segments."""
+
+    source_ids: Int32[np.ndarray, "batch source"]
+    source_segment_ids: Int32[np.ndarray, "batch source"]
+
+
+def drop_long(examples: Sequence[Example], seq_len: int, source_len: int | None = None) -> tuple[list[Example], int]:
+    """Examples of at most `seq_len` tokens, and `source_len` for an encoder, and how many others there were."""
+    kept = [example for example in examples if _fits(example, seq_len, source_len)]
     return kept, len(examples) - len(kept)
 
 
@@ -46,8 +53,9 @@ class Loader(Iterator[Batch]):
     """Iterates over batches, epoch after epoch.
 
     Args:
-      examples: none longer than `seq_len`.
+      examples: none longer than `seq_len`, or `source_len`.
       batch_size, seq_len: shape of every batch.
+      source_len: tokens of a row for an encoder, where the examples have such; each row then has room for both.
       packing: put several examples into a row; otherwise one, padded.
       seed: of the order, which differs from epoch to epoch.
       shuffle: False keeps the order of `examples` (packing moves them a little).
@@ -67,10 +75,11 @@ class Loader(Iterator[Batch]):
         seed: int,
         shuffle: bool = True,
         repeat: bool = True,
+        source_len: int | None = None,
     ) -> None:
-        _check(examples, seq_len)
+        _check(examples, seq_len, source_len)
         self._examples = [_as_element(example) for example in examples]
-        self._batch_size, self._seq_len = batch_size, seq_len
+        self._batch_size, self._lengths = batch_size, _lengths(seq_len, source_len)
         self._packing, self._seed, self._shuffle, self._repeat = packing, seed, shuffle, repeat
         self._start_epoch(0)
 
@@ -81,7 +90,7 @@ class Loader(Iterator[Batch]):
                 raise StopIteration
             self._start_epoch(self._epoch + 1)
             rows = self._take()
-        return _stack(rows, self._batch_size, self._seq_len)
+        return _stack(rows, self._batch_size, self._lengths)
 
     def get_state(self) -> dict[str, Any]:
         """The position after the last batch: plain numbers, for JSON."""
@@ -105,14 +114,14 @@ class Loader(Iterator[Batch]):
         if self._packing:
             rows = grain.experimental.FirstFitPackIterDataset(
                 rows,
-                length_struct={"input_ids": self._seq_len, "loss_mask": self._seq_len},
+                length_struct=self._lengths,
                 num_packing_bins=PACKING_ROWS,
                 seed=int(packing.generate_state(1)[0]),
                 shuffle_bins=self._shuffle,
                 meta_features=("lines",),
             )
         else:
-            rows = rows.map(lambda example: _one_in_a_row(example, self._seq_len))
+            rows = rows.map(lambda example: _one_in_a_row(example, self._lengths))
         self._rows = iter(rows)
 
     def _take(self) -> list[Mapping[str, Any]]:
@@ -122,59 +131,85 @@ class Loader(Iterator[Batch]):
         return rows
 
 
-def eval_batches(examples: Sequence[Example], *, batch_size: int, seq_len: int) -> Iterator[Batch]:
+def eval_batches(
+    examples: Sequence[Example], *, batch_size: int, seq_len: int, source_len: int | None = None
+) -> Iterator[Batch]:
     """Every example once, in order, one in a row; the last batch is filled up with empty rows.
 
     Raises:
       UserError: no examples, or too long ones.
     """
-    _check(examples, seq_len)
-    rows = [_one_in_a_row(_as_element(example), seq_len) for example in examples]
-    return (_stack(rows[i : i + batch_size], batch_size, seq_len) for i in range(0, len(rows), batch_size))
+    _check(examples, seq_len, source_len)
+    lengths = _lengths(seq_len, source_len)
+    rows = [_one_in_a_row(_as_element(example), lengths) for example in examples]
+    return (_stack(rows[i : i + batch_size], batch_size, lengths) for i in range(0, len(rows), batch_size))
 
 
-def _check(examples: Sequence[Example], seq_len: int) -> None:
+def _lengths(seq_len: int, source_len: int | None) -> dict[str, int]:
+    """Length of each array of an example in a row."""
+    return {"input_ids": seq_len, "loss_mask": seq_len} | ({} if source_len is None else {"source_ids": source_len})
+
+
+def _fits(example: Example, seq_len: int, source_len: int | None) -> bool:
+    source = 0 if example.source_ids is None else len(example.source_ids)
+    return len(example.input_ids) <= seq_len and (source_len is None or source <= source_len)
+
+
+def _check(examples: Sequence[Example], seq_len: int, source_len: int | None) -> None:
     if not examples:
         raise UserError("no examples", why="there is nothing to make batches of", fix="data.path=rows.jsonl")
-    long = [example for example in examples if len(example.input_ids) > seq_len]
+    long = [example for example in examples if not _fits(example, seq_len, source_len)]
     if long:
         longest = max(len(example.input_ids) for example in long)
+        given, fix, dropping = f"{seq_len} tokens", f"train.seq_len={longest}", f"drop_long(examples, {seq_len})"
+        if source_len is not None:
+            sources = [len(example.source_ids) for example in examples if example.source_ids is not None]
+            given += f", or {source_len} in their source"
+            fix = f"train.seq_len={max(sources)} train.target_len={longest}"
+            dropping = f"drop_long(examples, {seq_len}, {source_len})"
         raise UserError(
-            f"{len(long)} of {len(examples)} examples have more than {seq_len} tokens, first line {long[0].line}",
+            f"{len(long)} of {len(examples)} examples have more than {given}, first line {long[0].line}",
             why="every row of a batch has train.seq_len tokens, and nothing is cut off",
-            fix=f"train.seq_len={longest}, or drop_long(examples, {seq_len})",
+            fix=f"{fix}, or {dropping}",
         )
 
 
 def _as_element(example: Example) -> dict[str, Any]:
     mask = example.loss_mask.copy()
     mask[:1] = False  # nothing of the segment comes before it, so nothing predicts it
-    return {"input_ids": example.input_ids.astype(np.int32, copy=False), "loss_mask": mask, "lines": example.line}
+    element = {"input_ids": example.input_ids.astype(np.int32, copy=False), "loss_mask": mask, "lines": example.line}
+    if example.source_ids is not None:
+        element["source_ids"] = example.source_ids.astype(np.int32, copy=False)
+    return element
 
 
-def _one_in_a_row(example: Mapping[str, Any], seq_len: int) -> dict[str, Any]:
+def _one_in_a_row(example: Mapping[str, Any], lengths: Mapping[str, int]) -> dict[str, Any]:
     """What the packer would make of a single example."""
-    length = len(example["input_ids"])
-    row = {name: np.zeros(seq_len, np.int32) for name in ("input_ids", "input_ids_positions", "input_ids_segment_ids")}
-    row["loss_mask"] = np.zeros(seq_len, np.bool_)
-    row["input_ids"][:length] = example["input_ids"]
-    row["input_ids_positions"][:length] = np.arange(length)
-    row["input_ids_segment_ids"][:length] = 1
-    row["loss_mask"][:length] = example["loss_mask"]
-    return {**row, "lines": [example["lines"]]}
+    row: dict[str, Any] = {"lines": [example["lines"]]}
+    for name, seq_len in lengths.items():
+        values = example[name]
+        positions = {f"{name}_positions": np.arange(len(values)), f"{name}_segment_ids": np.ones(len(values))}
+        for key, content in {name: values, **positions}.items():
+            row[key] = np.zeros(seq_len, values.dtype if key == name else np.int32)
+            row[key][: len(values)] = content
+    return row
 
 
-def _stack(rows: Sequence[Mapping[str, Any]], batch_size: int, seq_len: int) -> Batch:
-    def stacked(name: str, dtype: type) -> np.ndarray:
-        array: np.ndarray = np.zeros((batch_size, seq_len), dtype)
+def _stack(rows: Sequence[Mapping[str, Any]], batch_size: int, lengths: Mapping[str, int]) -> Batch:
+    def stacked(key: str, dtype: type, name: str = "input_ids") -> np.ndarray:
+        array: np.ndarray = np.zeros((batch_size, lengths[name]), dtype)
         for index, row in enumerate(rows):
-            array[index] = row[name]
+            array[index] = row[key]
         return array
 
-    return Batch(
+    batch = Batch(
         input_ids=stacked("input_ids", np.int32),
         positions=stacked("input_ids_positions", np.int32),
         segment_ids=stacked("input_ids_segment_ids", np.int32),
         loss_mask=stacked("loss_mask", np.bool_),
         lines=[*(list(row["lines"]) for row in rows), *([] for _ in range(batch_size - len(rows)))],
     )
+    if "source_ids" in lengths:
+        batch["source_ids"] = stacked("source_ids", np.int32, "source_ids")
+        batch["source_segment_ids"] = stacked("source_ids_segment_ids", np.int32, "source_ids")
+    return batch

@@ -36,14 +36,21 @@ class Example:
     """One conversation as tokens.
 
     Attributes:
-      input_ids: tokens.
+      input_ids: tokens; of an encoder-decoder those that the decoder reads.
       loss_mask: True where the token is a target; at least one is, and never the first.
       line: line of the data file.
+      source_ids: tokens that an encoder reads; None: the model is a decoder alone.
     """
 
     input_ids: Int32[np.ndarray, " tokens"]
     loss_mask: Bool[np.ndarray, " tokens"]
     line: int
+    source_ids: Int32[np.ndarray, " source"] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """All that a model reads of it."""
+        return len(self.input_ids) + (0 if self.source_ids is None else len(self.source_ids))
 
 
 class Renderer:

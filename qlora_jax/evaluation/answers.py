@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from qlora_jax.evaluation.generation import generate, room
 from qlora_jax.evaluation.sampling import GREEDY, Sampling
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.t5 import T5
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +46,7 @@ class Answerer:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Decoder | T5,
         tokenizer: "PreTrainedTokenizerBase",
         *,
         stop_ids: Collection[int],

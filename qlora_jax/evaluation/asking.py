@@ -6,6 +6,7 @@ from typing import Any
 
 from qlora_jax.data.formats import Message, Prompt
 from qlora_jax.data.rendering import Renderer
+from qlora_jax.data.source_target import SourceTargetRenderer
 from qlora_jax.errors import UserError, UserErrors
 from qlora_jax.evaluation.answers import Answer, Answerer
 from qlora_jax.evaluation.generation import room
@@ -19,7 +20,7 @@ class Asker:
       renderer: writes messages as the model knows them.
     """
 
-    def __init__(self, answerer: Answerer, renderer: Renderer) -> None:
+    def __init__(self, answerer: Answerer, renderer: Renderer | SourceTargetRenderer) -> None:
         self._answerer, self._renderer = answerer, renderer
 
     def ask(

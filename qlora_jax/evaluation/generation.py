@@ -1,6 +1,7 @@
 """Answers token by token: a compiled loop over a cache of keys and values, which the host may look into."""
 
 import functools
+import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 from qlora_jax.errors import UserError
 from qlora_jax.evaluation.sampling import GREEDY, Sampling, next_tokens, row_keys, tokens_seen
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.t5 import T5
 
 # Shapes are rounded up, so that prompts of many lengths share few compiled programs: widths are 32, 64, ... 512, then
 # multiples of 512; answers have room for a multiple of 64 tokens.
@@ -28,7 +30,7 @@ Watch = Callable[[list[list[int]]], Collection[int]]
 
 
 def generate(
-    model: Decoder,
+    model: Decoder | T5,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -38,7 +40,7 @@ def generate(
     row_numbers: Sequence[int] | None = None,
     watch: Watch | None = None,
 ) -> list[list[int]]:
-    """Continues each prompt until a stop token or `max_new_tokens`.
+    """Continues each prompt, or answers it where it is a T5's source, until a stop token or `max_new_tokens`.
 
     Prompts are padded on the left to a common length, and padding is masked out: an answer does not depend on the
     other prompts of the batch, beyond the order in which float sums are taken.
@@ -128,7 +130,15 @@ def _begin(
     """Reads the prompts and writes the first token of each answer."""
     model = nnx.merge(graphdef, state)
     batch = tokens.shape[0]
-    h, cache = model.hidden(tokens, segment_ids=segments, cache=model.init_cache(batch, tokens.shape[1] + capacity))
+    if isinstance(model, T5):
+        cache: Any = model.init_cache(tokens, segment_ids=segments, max_len=capacity)
+        # What the decoder reads is the prompt from here on: a penalty knows nothing else, as in transformers.
+        tokens = jnp.full((batch, 1), model.config.decoder_start_token_id, jnp.int32)
+        segments = jnp.ones((batch, 1), jnp.int32)
+        h, cache = model.decode(tokens, cache)
+    else:
+        cache = model.init_cache(batch, tokens.shape[1] + capacity)
+        h, cache = model.hidden(tokens, segment_ids=segments, cache=cache)
     penalized = rules.sampling.repetition_penalty is not None
     start = _Written(
         step=jnp.int32(0),
@@ -155,7 +165,9 @@ def _continue(
     model = nnx.merge(graphdef, state)
 
     def write_one(written: _Written) -> _Written:
-        h, cache = model.hidden(written.token[:, None], cache=written.cache)
+        token = written.token[:, None]
+        read = model.decode if isinstance(model, T5) else model.hidden
+        h, cache = read(token, cache=written.cache)
         return _write(model, h[:, 0], written._replace(cache=cache), rules)
 
     return jax.lax.while_loop(
@@ -165,7 +177,7 @@ def _continue(
     )
 
 
-def _write(model: Decoder, h: Array, written: _Written, rules: _Rules) -> _Written:
+def _write(model: Decoder | T5, h: Array, written: _Written, rules: _Rules) -> _Written:
     """Chooses the token after the states h `[batch, embed]` in each row."""
     step, sampling = written.step, rules.sampling
     keys = None if sampling.temperature is None else row_keys(rules.key, rules.row_numbers, step)
@@ -188,7 +200,7 @@ def _head_is_wide() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def _with_wide_head(model: Decoder) -> Decoder:
+def _with_wide_head(model: Decoder | T5) -> Decoder | T5:
     """The model with the values of its head in float32, where the head is wide.
 
     XLA would make that copy each time a compiled program is entered: as long as several tokens take.
@@ -206,12 +218,13 @@ def _answers(written: _Written, rows: int) -> list[list[int]]:
     return [answers[row, : lengths[row]].tolist() for row in range(rows)]
 
 
-def room(model: Decoder, prompt: Sequence[int]) -> int:
-    """Tokens that an answer may have: the positions that a prompt leaves."""
-    return model.config.max_position_embeddings - len(prompt)
+def room(model: Decoder | T5, prompt: Sequence[int]) -> int:
+    """Tokens that an answer may have: the positions that a prompt leaves. A T5 has no positions to run out of."""
+    positions = model.config.max_position_embeddings
+    return sys.maxsize if positions is None else positions - len(prompt)
 
 
-def _check(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _check(model: Decoder | T5, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     vocab, positions = model.config.vocab_size, model.config.max_position_embeddings
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens}", why="an answer has at least one token")
@@ -223,7 +236,7 @@ def _check(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int
                 f"prompt {number} has token {max(prompt) if max(prompt) >= vocab else min(prompt)}",
                 why=f"the model's vocabulary has {vocab} tokens, from 0: the tokenizer belongs to another model",
             )
-        if len(prompt) + max_new_tokens > positions:
+        if positions is not None and len(prompt) + max_new_tokens > positions:
             raise UserError(
                 f"prompt {number} of {len(prompt)} tokens and max_new_tokens={max_new_tokens} are too long together",
                 why=f"the model has {positions} positions",

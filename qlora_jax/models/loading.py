@@ -15,7 +15,6 @@ from qlora_jax.checkpoints.bitsandbytes import BitsandbytesCheckpoint
 from qlora_jax.checkpoints.source import Checkpoint, open_checkpoint
 from qlora_jax.checkpoints.t5 import is_t5
 from qlora_jax.checkpoints.tensorfile import not_finite
-from qlora_jax.errors import UserError
 from qlora_jax.models.checks import check_stored, check_targets, check_tensors
 from qlora_jax.models.config import DecoderTensors, LlamaConfig
 from qlora_jax.models.decoder import Decoder
@@ -177,27 +176,11 @@ def check_model(
       quant_type, block_size, double_quant: what `load_model` will be given.
 
     Raises:
-      UserError: a T5, which only `load_model` takes so far; a configuration that is not supported; tensors
-        missing, unexpected or of another shape than it says; settings that contradict a quantized folder.
+      UserError: a configuration that is not supported; tensors missing, unexpected or of another shape than it says;
+        settings that contradict a quantized folder.
     """
-    refuse_t5(checkpoint)
     check_stored(checkpoint, quant_type, block_size, double_quant)
     check_tensors(checkpoint, read_shape(checkpoint))
-
-
-def refuse_t5(checkpoint: Checkpoint) -> None:
-    """For the doors that know decoders only.
-
-    Raises:
-      UserError: the checkpoint is an encoder-decoder.
-    """
-    if is_t5(checkpoint.config):
-        raise UserError(
-            f"{checkpoint.path} is a T5, an encoder-decoder",
-            why="training, generation, conversion and export take decoders only so far",
-            fix="qlora_jax.load_model(FOLDER, rank=16) loads it for a training loop of your own, "
-            "or model.path=FOLDER of a LLaMA",
-        )
 
 
 class _Reader:

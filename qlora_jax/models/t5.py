@@ -182,7 +182,8 @@ class T5(nnx.Module):
     def head(self, h: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """float32 logits of states from `hidden` or `decode`."""
         if self.config.scale_decoder_outputs:
-            h = h * jnp.asarray(self.config.d_model**-0.5, h.dtype)
+            # In the activations' dtype, also where they come in a wider one.
+            h = (h.astype(self.dtype) * jnp.asarray(self.config.d_model**-0.5, self.dtype)).astype(h.dtype)
         return self.head_embedding().attend(h)
 
     def init_cache(

@@ -59,6 +59,11 @@ class T5Config:
         return made
 
     @property
+    def max_position_embeddings(self) -> None:
+        """Nothing limits the lengths: all distances beyond the last bucket are one."""
+        return None
+
+    @property
     def is_gated(self) -> bool:
         return self.feed_forward_proj.startswith("gated-")
 

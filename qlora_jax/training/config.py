@@ -98,8 +98,8 @@ class LoraSection(Section):
 class DataSection(Section):
     path: str | None = Field(
         None,
-        description="Training rows, JSON or JSONL: instruction/input/output, prompt/response, chat `messages`, or "
-        "ShareGPT `conversations`.",
+        description="Training rows, JSON or JSONL: instruction/input/output, prompt/response, source/target, "
+        "chat `messages`, or ShareGPT `conversations`.",
     )
     eval_path: str | None = Field(None, description="Held-out rows, same formats. null: data.eval_split is held out.")
     eval_split: Float | None = Field(
@@ -111,7 +111,7 @@ class DataSection(Section):
     template: Literal["auto", "chat", "plain"] = Field(
         "auto",
         description="auto: the tokenizer's chat template where it has one, else plain. chat: insist on it. plain: "
-        "'### Instruction:' headings, for base models.",
+        "'### Instruction:' headings, for base models. An encoder-decoder reads sources as they are: auto.",
     )
 
     @model_validator(mode="before")
@@ -175,6 +175,12 @@ class TrainSection(Section):
     )
     seq_len: Int = Field(
         1024, ge=2, description="Tokens per row of the batch. Examples longer than this are dropped, and counted."
+    )
+    target_len: Int | None = Field(
+        None,
+        ge=2,
+        description="Of an encoder-decoder (T5): tokens of the target per row, its start and end among them; "
+        "train.seq_len are the source's then. null: a quarter of train.seq_len.",
     )
     packing: bool = Field(
         True,

@@ -1,27 +1,28 @@
 """The rows of a run: read, split, rendered, and counted, so that nothing is dropped silently."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from qlora_jax.errors import UserError
-from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.config import TrainConfig, TrainSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qlora_jax.data.formats import Conversation
     from qlora_jax.data.rendering import Example, Renderer
+    from qlora_jax.data.source_target import SourceTargetRenderer
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rendered rows no longer than train.seq_len, and the counts of the others.
+    """Rendered rows no longer than `row_lengths`, and the counts of the others.
 
     Attributes:
       train, evaluation: examples to train on, examples held out (cut to eval.rows).
-      train_too_long, eval_too_long: rows dropped because they are longer than train.seq_len.
+      train_too_long, eval_too_long: rows dropped because they are longer.
       held_out: conversations of `evaluation`, in the same order: what sample answers are asked of.
     """
 
@@ -33,14 +34,38 @@ class Dataset:
 
     @property
     def tokens(self) -> int:
-        return sum(len(example.input_ids) for example in self.train)
+        return sum(example.tokens for example in self.train)
 
     @property
     def trained_tokens(self) -> int:
         return sum(int(example.loss_mask.sum()) for example in self.train)
 
+    @property
+    def has_sources(self) -> bool:
+        """Whether the examples are for an encoder-decoder."""
+        return self.train[0].source_ids is not None
 
-def load_dataset(config: TrainConfig, renderer: "Renderer") -> Dataset:
+
+class RowLengths(NamedTuple):
+    """Tokens of a row of the batch: of the model, or of the decoder and of the encoder before it."""
+
+    seq_len: int
+    source_len: int | None
+
+    @property
+    def tokens(self) -> int:
+        return self.seq_len + (self.source_len or 0)
+
+
+def row_lengths(train: TrainSection, *, has_sources: bool) -> RowLengths:
+    """What the settings say; where there is an encoder, train.seq_len is its."""
+    if not has_sources:
+        return RowLengths(train.seq_len, None)
+    # The share that the original QLoRA gives to targets: 256 beside 1024.
+    return RowLengths(train.target_len or max(train.seq_len // 4, 2), train.seq_len)
+
+
+def load_dataset(config: TrainConfig, renderer: "Renderer | SourceTargetRenderer") -> Dataset:
     """Reads data.path and data.eval_path (or holds out data.eval_split), renders, and drops what is too long.
 
     The held-out rows of a split depend on the file's rows and `seed` alone.
@@ -59,15 +84,15 @@ def load_dataset(config: TrainConfig, renderer: "Renderer") -> Dataset:
         train, held_out = rows, read_conversations(data.eval_path, setting="data.eval_path")
     else:
         train, held_out = _split(rows, data.eval_split or 0, config.seed, data.path)
-    limit = config.train.seq_len
     examples = [renderer.render(conversation) for conversation in train]
-    kept, too_long = drop_long(examples, limit)
+    limits = row_lengths(config.train, has_sources=examples[0].source_ids is not None)
+    kept, too_long = drop_long(examples, *limits)
     if not kept:
-        raise _all_too_long(data.path, examples, limit)
+        raise _all_too_long(data.path, examples, limits)
     eval_examples = [renderer.render(conversation) for conversation in held_out]
-    eval_kept, eval_too_long = drop_long(eval_examples, limit)
+    eval_kept, eval_too_long = drop_long(eval_examples, *limits)
     if held_out and not eval_kept:
-        raise _all_too_long(data.eval_path or f"{data.path}, held out", eval_examples, limit)
+        raise _all_too_long(data.eval_path or f"{data.path}, held out", eval_examples, limits)
     evaluation = eval_kept[: config.eval.rows]
     lines = {example.line for example in evaluation}
     return Dataset(
@@ -112,10 +137,19 @@ def _split(
     return train, [row for index, row in enumerate(rows) if index in held]
 
 
-def _all_too_long(path: str, examples: list["Example"], limit: int) -> UserError:
+def _all_too_long(path: str, examples: list["Example"], limits: RowLengths) -> UserError:
     lengths = sorted(len(example.input_ids) for example in examples)
+    nearly_all = int(0.99 * (len(lengths) - 1))
+    if limits.source_len is None:
+        return UserError(
+            f"train.seq_len={limits.seq_len} leaves none of the {len(lengths)} rows of {path}",
+            why=f"they take {lengths[0]} to {lengths[-1]} tokens each, with the chat template",
+            fix=f"train.seq_len={lengths[nearly_all]}   (99 % of the rows)",
+        )
+    sources = sorted(len(example.source_ids) for example in examples if example.source_ids is not None)
     return UserError(
-        f"train.seq_len={limit} leaves none of the {len(lengths)} rows of {path}",
-        why=f"they take {lengths[0]} to {lengths[-1]} tokens each, with the chat template",
-        fix=f"train.seq_len={lengths[int(0.99 * (len(lengths) - 1))]}   (99 % of the rows)",
+        f"train.seq_len={limits.source_len} and train.target_len={limits.seq_len} leave none of the "
+        f"{len(lengths)} rows of {path}",
+        why=f"their sources take {sources[0]} to {sources[-1]} tokens, their targets {lengths[0]} to {lengths[-1]}",
+        fix=f"train.seq_len={sources[nearly_all]} train.target_len={lengths[nearly_all]}   (99 % of either)",
     )

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from qlora_jax.checkpoints.peft import load_adapter, save_adapter
 from qlora_jax.checkpoints.state import CheckpointStore
-from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.loading import load_model
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.meter import Meter
@@ -67,7 +66,6 @@ def run_training(
             seed=config.seed,
             progress=meter.show,
         )
-    assert isinstance(model, Decoder)  # `prepare` refuses others
     if config.lora.adapter is not None:
         load_adapter(model, config.lora.adapter, dropout=config.lora.dropout)
     session = Session(

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 
 from qlora_jax.errors import UserError
 from qlora_jax.training.config import TrainConfig
-from qlora_jax.training.dataset import Dataset
+from qlora_jax.training.dataset import Dataset, row_lengths
 from qlora_jax.training.meter import in_bytes
 
 if TYPE_CHECKING:
     from qlora_jax.checkpoints.source import Checkpoint
+    from qlora_jax.data.loader import Batch
     from qlora_jax.data.rendering import Example
 
-_BLOCK_LINEAR = re.compile(r"(?:.*\.)?layers\.\d+\.(.+)\.weight")
+_IN_BLOCK = re.compile(r"\.(?:layers|block)\.\d+\.")
 _SCALE_GROUP = 256  # scales that share one second-level scale under double quantization
 _PROBED_BATCHES = 200
 
@@ -48,26 +49,29 @@ def measure_model(checkpoint: "Checkpoint", config: TrainConfig) -> Sizes:
     Raises:
       UserError: lora.targets names something that is no linear of a block.
     """
+    from qlora_jax.checkpoints.conversion import block_linears
+
     targets = config.lora.targets
+    in_blocks = set(block_linears(checkpoint))
     parameters = trained = weight_bytes = 0
     linears: set[str] = set()
     for name in checkpoint.names():
         shape = checkpoint.shape(name)
         count = math.prod(shape)
         parameters += count
-        match = _BLOCK_LINEAR.fullmatch(name)
-        if match is None or len(shape) != 2:
+        if name not in in_blocks:
             weight_bytes += count * checkpoint.dtype(name).itemsize
             continue
-        linears.add(match[1])
+        linear = _IN_BLOCK.split(name)[1].removesuffix(".weight")
+        linears.add(linear)
         weight_bytes += _linear_bytes(checkpoint, name, count, config)
-        if targets is None or set(match[1].split(".")) & set(targets):
+        if targets is None or set(linear.split(".")) & set(targets):
             trained += config.lora.rank * sum(shape) + config.lora.dora * shape[0]
     known = sorted({part for linear in linears for part in linear.split(".")})
     unknown = [target for target in targets or () if target not in known]
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=1)
-        names = ", ".join(sorted(linear.rpartition(".")[2] for linear in linears))
+        names = ", ".join(sorted({linear.rpartition(".")[2] for linear in linears}))
         raise UserError(
             f"lora.targets names {', '.join(unknown)}, which {checkpoint.path} does not have",
             why=f"its blocks' linears are {names}",
@@ -86,21 +90,33 @@ def measure_model(checkpoint: "Checkpoint", config: TrainConfig) -> Sizes:
 def measure_epoch(config: TrainConfig, examples: Sequence["Example"]) -> Epoch:
     """Batches in a pass; with packing and many rows, from the fill of the first ones."""
     train = config.train
-    slots = train.batch_size * train.seq_len
-    tokens = sum(len(example.input_ids) for example in examples)
+    lengths = row_lengths(train, has_sources=examples[0].source_ids is not None)
+    slots = train.batch_size * lengths.tokens
+    tokens = sum(example.tokens for example in examples)
     if not train.packing:
         batches = math.ceil(len(examples) / train.batch_size)
-        return Epoch(batches, tokens / (len(examples) * train.seq_len))
+        return Epoch(batches, tokens / (len(examples) * lengths.tokens))
     from qlora_jax.data.loader import Loader
 
     loader = Loader(
-        examples, batch_size=train.batch_size, seq_len=train.seq_len, packing=True, seed=config.seed, repeat=False
+        examples,
+        batch_size=train.batch_size,
+        seq_len=lengths.seq_len,
+        source_len=lengths.source_len,
+        packing=True,
+        seed=config.seed,
+        repeat=False,
     )
-    used = [int((batch["segment_ids"] > 0).sum()) for batch in itertools.islice(loader, _PROBED_BATCHES)]
+    used = [_used_slots(batch) for batch in itertools.islice(loader, _PROBED_BATCHES)]
     if len(used) < _PROBED_BATCHES:
         return Epoch(max(len(used), 1), sum(used) / (max(len(used), 1) * slots))
     fill = sum(used) / (len(used) * slots)
     return Epoch(math.ceil(tokens / (fill * slots)), fill)
+
+
+def _used_slots(batch: "Batch") -> int:
+    used = int((batch["segment_ids"] > 0).sum())
+    return used + int((batch["source_segment_ids"] > 0).sum()) if "source_segment_ids" in batch else used
 
 
 def planned_steps(config: TrainConfig, epoch: Epoch) -> int:
@@ -126,6 +142,9 @@ def describe_plan(
     placed = " (paged)" if config.optim.paged else ""
     rows = len(dataset.train) + dataset.train_too_long
     counted = f"{steps:,} step{'s' * (steps != 1)} of {_rows(train.batch_size * train.accumulation)}"
+    longest = f"train.seq_len={train.seq_len}"
+    if dataset.has_sources:
+        longest += f" or train.target_len={row_lengths(train, has_sources=True).seq_len}"
     held_out = f"{_rows(len(dataset.evaluation))} evaluated"
     if dataset.eval_too_long:
         held_out += f" ({dataset.eval_too_long:,} too long)"
@@ -135,7 +154,7 @@ def describe_plan(
         "memory": f"weights {in_bytes(sizes.weight_bytes)} ({linears}), adapters {in_bytes(sizes.adapter_bytes)}, "
         f"optimizer {in_bytes(sizes.optimizer_bytes)}{placed}",
         "data": f"{Path(config.data.path or '').name}: {len(dataset.train):,} of {rows:,} rows kept, "
-        f"{dataset.train_too_long:,} dropped (longer than train.seq_len={train.seq_len}); {held_out}",
+        f"{dataset.train_too_long:,} dropped (longer than {longest}); {held_out}",
         "tokens": f"{dataset.tokens:,} per epoch, {dataset.trained_tokens / dataset.tokens:.1%} of them trained; "
         f"{'packed' if train.packing else 'unpacked'} batches are {epoch.fill:.0%} full",
         "steps": f"{counted} (batch_size {train.batch_size} x accumulation {train.accumulation}), {passes:.2g} epochs",

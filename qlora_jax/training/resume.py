@@ -33,6 +33,9 @@ def dataset_sha256(dataset: Dataset) -> str:
             digest.update(len(example.input_ids).to_bytes(8, "little"))
             digest.update(example.input_ids.astype("<i4").tobytes())
             digest.update(example.loss_mask.astype("u1").tobytes())
+            if example.source_ids is not None:
+                digest.update(len(example.source_ids).to_bytes(8, "little"))
+                digest.update(example.source_ids.astype("<i4").tobytes())
     return digest.hexdigest()
 
 

@@ -10,7 +10,9 @@ from qlora_jax.training.run_folder import RunFolder, write_atomically
 if TYPE_CHECKING:
     from qlora_jax.data.formats import Conversation, Message
     from qlora_jax.data.rendering import Renderer
+    from qlora_jax.data.source_target import SourceTargetRenderer
     from qlora_jax.models.decoder import Decoder
+    from qlora_jax.models.t5 import T5
 
 
 class Samples:
@@ -22,7 +24,12 @@ class Samples:
     """
 
     def __init__(
-        self, held_out: Sequence["Conversation"], renderer: "Renderer", *, count: int, max_new_tokens: int
+        self,
+        held_out: Sequence["Conversation"],
+        renderer: "Renderer | SourceTargetRenderer",
+        *,
+        count: int,
+        max_new_tokens: int,
     ) -> None:
         count = min(count, len(held_out))
         chosen = [held_out[index * len(held_out) // count] for index in range(count)]
@@ -30,7 +37,7 @@ class Samples:
         self._max_new_tokens = max_new_tokens
         self.turns = [_first_turn(conversation) for conversation in chosen]
 
-    def answer(self, model: "Decoder") -> list[str]:
+    def answer(self, model: "Decoder | T5") -> list[str]:
         """Greedy answers of the model as it is now."""
         from qlora_jax.evaluation.generation import generate
 

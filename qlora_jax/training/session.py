@@ -1,7 +1,7 @@
 """One session of training: the compiled steps, the state they hand on, and where their numbers go."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +13,10 @@ from qlora_jax.checkpoints.state import CheckpointStore
 from qlora_jax.data.loader import Loader, eval_batches
 from qlora_jax.evaluation.perplexity import mean_loss
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.t5 import T5
 from qlora_jax.optim import paged_jit
 from qlora_jax.training.config import TrainConfig
-from qlora_jax.training.dataset import Dataset
+from qlora_jax.training.dataset import Dataset, row_lengths
 from qlora_jax.training.interrupts import Interrupt, first_interrupt_is_a_request
 from qlora_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from qlora_jax.training.progress import Progress
@@ -24,12 +25,12 @@ from qlora_jax.training.resume import check_fingerprint
 from qlora_jax.training.run_folder import RunFolder
 from qlora_jax.training.samples import Samples, keep_answers, kept_answers
 from qlora_jax.training.step import (
-    BATCH_KEYS,
     StepMetrics,
     TrainState,
     init_train_state,
     make_eval_step,
     make_train_step,
+    model_arrays,
     split_model,
 )
 from qlora_jax.training.tensorboard import TensorBoard
@@ -48,7 +49,7 @@ class NonFiniteLossError(RuntimeError):
 class Window(NamedTuple):
     """The micro-batches of one optimizer step."""
 
-    arrays: dict[str, np.ndarray]  # BATCH_KEYS, each [micro-batches, batch, seq]
+    arrays: dict[str, np.ndarray]  # what the model reads, each [micro-batches, batch, seq]
     lines: list[list[list[int]]]  # by micro-batch and row: lines of the data file
 
 
@@ -61,7 +62,7 @@ class Session:
         folder: RunFolder,
         progress: Progress,
         *,
-        model: Decoder,
+        model: Decoder | T5,
         dataset: Dataset,
         store: CheckpointStore,
         fingerprint: Mapping[str, str],
@@ -73,10 +74,12 @@ class Session:
         self.step, self.total_steps = 0, total_steps
         self._resumed = False
         train = config.train
+        lengths = row_lengths(train, has_sources=dataset.has_sources)
         self._loader = Loader(
             dataset.train,
             batch_size=train.batch_size,
-            seq_len=train.seq_len,
+            seq_len=lengths.seq_len,
+            source_len=lengths.source_len,
             packing=train.packing,
             seed=config.seed,
         )
@@ -96,7 +99,7 @@ class Session:
         self._train_step: Any = None  # compiled at the first batch
         self._eval_step = jax.jit(make_eval_step(self._graphdef))
 
-    def model(self) -> Decoder:
+    def model(self) -> Decoder | T5:
         """The model as it is now."""
         return nnx.merge(self._graphdef, self._state.trainable, self._frozen)
 
@@ -181,7 +184,8 @@ class Session:
 
     def _next_window(self) -> Window:
         micro: list[Mapping[str, Any]] = [next(self._loader) for _ in range(self.config.train.accumulation)]
-        arrays = {key: np.stack([batch[key] for batch in micro]) for key in BATCH_KEYS}
+        read = [model_arrays(batch) for batch in micro]
+        arrays = {key: np.stack([each[key] for each in read]) for key in read[0]}
         return Window(arrays, [batch["lines"] for batch in micro])
 
     def _dispatch(self, window: Window) -> StepMetrics:
@@ -211,15 +215,19 @@ class Session:
         )
 
     def _evaluate(self) -> float:
-        longest = max(len(example.input_ids) for example in self._held_out)
+        def longest(rows: Iterable[Sized]) -> int:
+            return -(-max(map(len, rows)) // EVAL_LENGTH_MULTIPLE) * EVAL_LENGTH_MULTIPLE
+
+        sources = [example.source_ids for example in self._held_out if example.source_ids is not None]
         batches = eval_batches(
             self._held_out,
             batch_size=min(self.config.eval.batch_size, len(self._held_out)),
-            seq_len=-(-longest // EVAL_LENGTH_MULTIPLE) * EVAL_LENGTH_MULTIPLE,
+            seq_len=longest(example.input_ids for example in self._held_out),
+            source_len=longest(sources) if sources else None,
         )
 
         def eval_step(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-            return self._eval_step(self._state.trainable, self._frozen, {key: batch[key] for key in BATCH_KEYS})
+            return self._eval_step(self._state.trainable, self._frozen, model_arrays(batch))
 
         loss = mean_loss(eval_step, batches).loss
         if not np.isfinite(loss):

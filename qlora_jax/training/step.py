@@ -19,9 +19,11 @@ from qlora_jax.training.loss import trained_token_losses
 
 # Arrays of a batch that the model reads; all [micro-batches, batch, seq] in training, [batch, seq] in evaluation.
 BATCH_KEYS = ("input_ids", "positions", "segment_ids", "loss_mask")
+# Beside them where there is an encoder; their `seq` is the source's.
+SOURCE_KEYS = ("source_ids", "source_segment_ids")
 Batch = Mapping[str, Array]
 
-_HEAD_MODULES = {"lm_head", "embed_tokens", "embed_out", "embed_in"}
+_HEAD_MODULES = {"lm_head", "embed_tokens", "embed_out", "embed_in", "shared"}
 
 
 class TrainState(NamedTuple):
@@ -89,7 +91,8 @@ def make_train_step(
 
     Args:
       graphdef: static part of the model, which has `hidden(input_ids, positions=, segment_ids=, rngs=)` and
-        `head(states)` as `qlora_jax.models.decoder.Decoder` has.
+        `head(states)` as `qlora_jax.models.decoder.Decoder` has, or `hidden` as `qlora_jax.models.t5.T5` where batches
+        have `source_ids`.
       optimizer: its `init` made `TrainState.optimizer`.
       schedule: learning rate by the number of steps taken, reported only; the optimizer has its own reference to it.
       dropout_seed: None: no dropout. Else its key is this seed folded with the step and the micro-batch (and, by
@@ -114,7 +117,7 @@ def make_train_step(
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)
         start = zeros, jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-        micro_batches = jnp.arange(batch["input_ids"].shape[0]), {name: batch[name] for name in BATCH_KEYS}
+        micro_batches = jnp.arange(batch["input_ids"].shape[0]), model_arrays(batch)
         (grads, loss, tokens), finite_rows = jax.lax.scan(micro_step, start, micro_batches)
         # A window without a trained token has loss 0 and gradient 0.
         divisor = jnp.maximum(tokens, 1).astype(jnp.float32)
@@ -149,7 +152,16 @@ def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[nnx.State, nnx.State, Ba
     return eval_step
 
 
+def model_arrays(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model reads of a batch."""
+    return {key: batch[key] for key in (*BATCH_KEYS, *SOURCE_KEYS) if key in batch}
+
+
 def _row_losses(model: Any, batch: Batch, key: Array | None) -> tuple[Float[Array, " batch"], Int[Array, " batch"]]:
-    ids = batch["input_ids"]
-    hidden = model.hidden(ids, positions=batch["positions"], segment_ids=batch["segment_ids"], rngs=key)
+    ids, segments = batch["input_ids"], batch["segment_ids"]
+    if "source_ids" in batch:
+        source, source_segments = batch["source_ids"], batch["source_segment_ids"]
+        hidden = model.hidden(source, ids, segment_ids=source_segments, decoder_segment_ids=segments, rngs=key)
+    else:
+        hidden = model.hidden(ids, positions=batch["positions"], segment_ids=segments, rngs=key)
     return trained_token_losses(hidden, ids, batch["loss_mask"], model.head)

@@ -57,5 +57,7 @@ def compare(trained: Trained, out: Path, *, to: str, original: bool) -> Comparis
 
 
 def _logits(model: Decoder | T5, rows: np.ndarray) -> np.ndarray:
-    assert isinstance(model, Decoder)  # runs are of decoders
-    return np.stack([np.asarray(model(jnp.asarray(row[None])))[0] for row in rows])
+    inputs = [jnp.asarray(row[None]) for row in rows]
+    if isinstance(model, T5):  # the same tokens, read by the decoder from their end
+        return np.concatenate([np.asarray(model(ids, ids[:, ::-1])) for ids in inputs])
+    return np.concatenate([np.asarray(model(ids)) for ids in inputs])

@@ -38,6 +38,8 @@ FORMATS = {
     ),
     "prompt/response": ({"prompt": QUESTION, "response": ANSWER}, TWO_TURNS),
     "prompt/completion": ({"prompt": QUESTION, "completion": ANSWER}, TWO_TURNS),
+    "source/target": ({"source": QUESTION, "target": ANSWER}, TWO_TURNS),
+    "input/output": ({"input": QUESTION, "output": ANSWER}, TWO_TURNS),
     "messages": (
         {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]},
         TWO_TURNS,

@@ -1,5 +1,6 @@
 """Batches: nothing lost, nothing mixed up, the same order from anywhere."""
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -226,3 +227,37 @@ def test_no_examples_are_an_error() -> None:
             Loader([], batch_size=2, seq_len=8, packing=packing, seed=0)
     with pytest.raises(UserError, match="no examples"):
         eval_batches([], batch_size=2, seq_len=8)
+
+
+pairs = st.lists(st.tuples(st.integers(2, SEQ_LEN), st.integers(1, 2 * SEQ_LEN)), min_size=1, max_size=PACKING_ROWS)
+
+
+@settled
+@given(pairs, st.booleans(), st.integers(0, 2**32))
+def test_a_source_has_the_segment_of_its_target(pairs: list[tuple[int, int]], packing: bool, seed: int) -> None:
+    rows = [
+        dataclasses.replace(example(line, target), source_ids=np.arange(source, dtype=np.int32) - 100 * (line + 1))
+        for line, (target, source) in enumerate(pairs)
+    ]
+    lengths = {"seq_len": SEQ_LEN, "source_len": 2 * SEQ_LEN}
+    batches = list(Loader(rows, batch_size=3, packing=packing, seed=seed, repeat=False, **lengths))
+    assert_each_once(batches, rows)
+    for batch in batches:
+        assert batch["source_ids"].shape == batch["source_segment_ids"].shape == (3, 2 * SEQ_LEN)
+        for ids, segments_of, source, source_segments in zip(
+            *(batch[name] for name in ("input_ids", "segment_ids", "source_ids", "source_segment_ids")), strict=True
+        ):
+            assert not source[source_segments == 0].any()
+            assert source_segments.max() == segments_of.max()
+            for segment in range(1, segments_of.max() + 1):
+                row = rows[ids[segments_of == segment][0] // 100]
+                assert row.source_ids is not None
+                np.testing.assert_array_equal(source[source_segments == segment], row.source_ids)
+
+
+def test_long_sources_are_dropped_too() -> None:
+    rows = [dataclasses.replace(row, source_ids=np.ones(row.line, np.int32)) for row in examples([4, 9, 8, 4, 4])]
+    kept, dropped = drop_long(rows, 8, 3)
+    assert ([row.line for row in kept], dropped) == ([0, 2, 3], 2)
+    with pytest.raises(UserError, match=r"(?s)2 of 5 .* 8 tokens, or 3 in.*train.seq_len=4 train.target_len=9"):
+        Loader(rows, batch_size=2, seq_len=8, source_len=3, packing=True, seed=0)

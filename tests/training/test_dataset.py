@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from qlora_jax.data.rendering import Example
 from qlora_jax.errors import UserError
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.dataset import check_vocabulary, load_dataset
@@ -20,11 +21,8 @@ class LengthRenderer:
 
     def render(self, conversation):
         length = int(conversation.messages[-1].content)
-        return SimpleNamespace(
-            input_ids=np.arange(length, dtype=np.int32),
-            loss_mask=np.arange(length) == length - 1,
-            line=conversation.line,
-        )
+        tokens = np.arange(length, dtype=np.int32)
+        return Example(tokens, tokens == length - 1, conversation.line)
 
 
 def write_rows(path: Path, lengths) -> str:
