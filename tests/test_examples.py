@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import os
 import re
 import shlex
@@ -25,11 +26,35 @@ def run_example(name: str, *arguments: str, cwd: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["nf4_dense_in_your_model.py", "linen_port.py"])
+@pytest.mark.parametrize("name", ["nf4_dense_in_your_model.py", "linen_port.py", "plain_jax.py"])
 def test_examples_lower_their_loss(name, tmp_path):
     losses = [float(loss) for loss in re.findall(r"loss\s+([\d.e+-]+)", run_example(name, cwd=tmp_path))]
     assert len(losses) >= 3
     assert losses[-1] < 0.1 * losses[0]
+
+
+def test_examples_are_short_enough_to_read():
+    for example in (ROOT / "examples").glob("*.py"):
+        assert len(example.read_text().splitlines()) < 120
+
+
+def test_the_notebook_runs(tiny_llama, tmp_path, monkeypatch, capfd):
+    """Its cells, one after the other, on a tiny model; the first holds the settings."""
+    notebook = json.loads((ROOT / "examples" / "qlora_step_by_step.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(not cell.get("outputs") for cell in notebook["cells"])
+    settings: dict = {}
+    exec(cells[0], settings)
+    given = {"model_path": str(tiny_llama[0]), "data_path": str(tiny_llama[1]), "steps": 5, "question": "1+1"}
+    assert given.keys() <= settings.keys()
+    settings |= given | {"out": str(tmp_path / "run"), "batch_size": 2, "seq_len": 64}
+    for cell in cells[1:]:
+        exec(cell, settings)
+    printed = capfd.readouterr().out
+    assert "step  5  loss" in printed
+    assert "merged into the dequantized weights" in printed
+    assert settings["losses"][-1] < settings["losses"][0]
+    assert (tmp_path / "run" / "merged" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if ".train" in command])
