@@ -83,10 +83,11 @@ def attend(
       same_tokens: whether queries and keys are the same tokens, so that nothing after a query is seen. Has to be
         True where mask is None.
     """
-    if same_tokens and cpu_computes_in_tiles(query.dtype):
-        return fused_attention(query, key, value, mask)
-    if same_tokens and query.shape[1] > SHORT and not cuda_kernels_loaded() and jax.default_backend() == "cpu":
-        return blockwise_attention(query, key, value, mask)
+    if same_tokens and not cuda_kernels_loaded() and jax.default_backend() == "cpu":
+        if cpu_computes_in_tiles(query.dtype):
+            return fused_attention(query, key, value, mask)
+        if query.shape[1] > SHORT:
+            return blockwise_attention(query, key, value, mask)
     # A GPU would multiply float32 in TF32, with ten bits of mantissa.
     with jax.default_matmul_precision("float32" if query.dtype == jnp.float32 else None):
         if mask is None:

@@ -13,13 +13,15 @@ from jaxtyping import Array, Float
 from qlora_jax.nf4.calls import multiply
 from qlora_jax.nf4.decode import as_rows
 from qlora_jax.nf4.dispatch import pure_jax_only
-from qlora_jax.nf4.kernels import chosen_kernels, cuda_kernels_loaded
+from qlora_jax.nf4.kernels import cpu_kernels_asked, cuda_kernels_loaded
+from qlora_jax.nf4.matmul import matmul_rows
+from qlora_jax.nf4.platforms import per_platform
 from qlora_jax.nf4.tensor import NF4Tensor
 
 
-def kernel_adds(w: NF4Tensor) -> bool:
-    """Whether the kernel that multiplies w here can add to its sums: the CPU's, where no program can be for a GPU."""
-    return not cuda_kernels_loaded() and not pure_jax_only(w) and chosen_kernels() == "ffi"
+def cpu_kernel_adds(w: NF4Tensor) -> bool:
+    """Whether the kernel that multiplies w in programs for the CPU, if there are any, can add to its sums."""
+    return (cuda_kernels_loaded() or jax.default_backend() == "cpu") and cpu_kernels_asked() and not pure_jax_only(w)
 
 
 def matmul_and_add(
@@ -30,11 +32,13 @@ def matmul_and_add(
     *,
     input_gradient: bool = False,
 ) -> Float[Array, "*batch out"]:
-    """`x @ w + u @ v.T`, or `x @ w.T + u @ v.T`, summed in float32 and rounded once. Has no derivative of its own.
+    """`x @ w + u @ v.T`, or `x @ w.T + u @ v.T`, on a CPU summed in float32 and rounded once. Has no derivative.
+
+    In programs for CUDA the terms are products in x's dtype, so that XLA can let one start from the other (nn/lora.py).
 
     Args:
       x: activations, as nf4_matmul takes them; for the input's gradient `[..., out]`.
-      w: a weight for which `kernel_adds`.
+      w: a weight for which `cpu_kernel_adds`.
       u, v: in x's dtype; for the input's gradient v is `[in, rank]`.
 
     Returns:
@@ -59,8 +63,21 @@ def _input_gradient(x: Array, w: NF4Tensor, u: Array, v: Array) -> Array:
 def _product(x: Array, w: NF4Tensor, u: Array, v: Array, *, input_gradient: bool) -> Array:
     if x.shape[0] == 0:
         return jnp.zeros((0, v.shape[0]), x.dtype)
-    rows = as_rows(w) if w.layout == "fragments" else w
-    return multiply(x, rows, input_gradient=input_gradient, adapter=(u, v))
+
+    def in_one_kernel(x: Array, w: NF4Tensor, u: Array, v: Array) -> Array:
+        return multiply(x, as_rows(w) if w.layout == "fragments" else w, input_gradient=input_gradient, adapter=(u, v))
+
+    def apart(x: Array, w: NF4Tensor, u: Array, v: Array) -> Array:
+        branch = jax.lax.dot_general(
+            u,
+            v,
+            (((1,), (1,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,  # not TF32
+            preferred_element_type=x.dtype,
+        )
+        return matmul_rows(x, w, input_gradient=input_gradient) + branch
+
+    return per_platform(x, w, u, v, cuda=apart, cpu=in_one_kernel, default=apart)
 
 
 def _batching_rule(product: Any, size: int, batched: Any, x: Array, w: NF4Tensor, u: Array, v: Array) -> Any:

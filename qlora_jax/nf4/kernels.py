@@ -166,18 +166,14 @@ def chosen_kernels(platform: str | None = None) -> str:
     return choice
 
 
-def cpu_computes_in_tiles(dtype: jax.typing.DTypeLike) -> bool:
-    """Whether programs are for a CPU whose compiled kernels multiply tiles of `dtype` (AMX: bfloat16).
+def cpu_kernels_asked() -> bool:
+    """Whether programs for the CPU call the compiled kernels: they are loaded, and nothing else was asked for."""
+    return _REPORT["cpu"] == "loaded" and asked_kernels()[0] in ("auto", "ffi")
 
-    False where CUDA's kernels are loaded: a program may then be for either.
-    """
-    return (
-        dtype == jnp.bfloat16
-        and not cuda_kernels_loaded()
-        and jax.default_backend() == "cpu"
-        and chosen_kernels("cpu") == "ffi"
-        and load_module("_cpu").computes_in_tiles()
-    )
+
+def cpu_computes_in_tiles(dtype: jax.typing.DTypeLike) -> bool:
+    """Whether programs for the CPU call compiled kernels that multiply tiles of `dtype` (AMX: bfloat16)."""
+    return dtype == jnp.bfloat16 and cpu_kernels_asked() and load_module("_cpu").computes_in_tiles()
 
 
 def platform_name(backend: str) -> str:

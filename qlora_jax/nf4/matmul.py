@@ -67,6 +67,11 @@ def check_operands(x: Array, w: NF4Tensor) -> None:
         raise ValueError(f"x of shape {x.shape} does not fit a weight of shape [in={in_features}, out={out_features}]")
 
 
+def matmul_rows(x: Float[Array, "m k"], w: NF4Tensor, *, input_gradient: bool) -> Float[Array, "m n"]:
+    """`x @ w`, or `x @ w.T` for the input's gradient, as nf4_matmul multiplies; has no derivative."""
+    return (_input_gradient if input_gradient else _forward)(x, w)
+
+
 @jax.custom_vjp
 def _matmul(x: Array, w: NF4Tensor) -> Array:
     return _on_rows(_forward, x, w)

@@ -17,14 +17,14 @@ def per_platform(
     """`cuda(*args)` in programs compiled for CUDA, `cpu(*args)` and `default(*args)` in others.
 
     Every branch is traced, and only that of the platform is compiled. Where no CUDA kernels are loaded, `default`
-    alone is traced (`cpu` is not needed there: what JAX's default backend is, is known).
+    alone is traced, or `cpu` where that is JAX's default backend.
 
     Args:
       args: trees of arrays.
       cuda, default, cpu: functions of the same results; cpu None: default.
     """
     if not cuda_kernels_loaded():
-        return default(*args)
+        return (cpu if cpu is not None and jax.default_backend() == "cpu" else default)(*args)
     branches = {"cuda": cuda} if cpu is None else {"cuda": cuda, "cpu": cpu}
     return jax.lax.platform_dependent(*args, **branches, default=default)
 

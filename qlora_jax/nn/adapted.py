@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from qlora_jax.nf4 import NF4Tensor, nf4_matmul
-from qlora_jax.nf4.adapter import kernel_adds, matmul_and_add
+from qlora_jax.nf4.adapter import cpu_kernel_adds, matmul_and_add
 from qlora_jax.nf4.platforms import vary_like
 from qlora_jax.nn.lora import lora_branch
 from qlora_jax.nn.products import dot, frozen_product, outer_product
@@ -36,15 +36,15 @@ def adapted(
       a, b, scaling, dropout, key: as lora_branch.
     """
     dropping = key is not None and dropout > 0
-    if isinstance(kernel, NF4Tensor) and not dropping and kernel_adds(kernel):
+    if isinstance(kernel, NF4Tensor) and not dropping and cpu_kernel_adds(kernel):
         x = vary_like(x, (kernel, a, b))
-        return _in_one_kernel(x, kernel, vary_like(a, x), vary_like(b, x), scaling)
+        return _with_adapter(x, kernel, vary_like(a, x), vary_like(b, x), scaling)
     branch = lora_branch(x, a, b, scaling=scaling, dropout=dropout, key=key)
     return frozen_base(x, kernel) + branch  # in this order: see lora.py
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _in_one_kernel(x: Array, w: NF4Tensor, a: Array, b: Array, scaling: float) -> Array:
+def _with_adapter(x: Array, w: NF4Tensor, a: Array, b: Array, scaling: float) -> Array:
     return _forward(x, w, a, b, scaling)[0]
 
 
@@ -60,7 +60,7 @@ def _backward(scaling: float, saved: tuple, dy: Array) -> tuple[Array, None, Arr
     return dx, None, outer_product(_rows(x), _rows(du), a.dtype), outer_product(_rows(u), _rows(dy), b.dtype)
 
 
-_in_one_kernel.defvjp(_forward, _backward)
+_with_adapter.defvjp(_forward, _backward)
 
 
 def _rows(x: Array) -> Array:

@@ -79,9 +79,9 @@ def outer_product(x: Array, dy: Array, dtype: jax.typing.DTypeLike) -> Array:
     def narrow_first(x: Array, dy: Array) -> Array:
         return jax.lax.optimization_barrier(dot(dy.T, x, 0, dtype)).T
 
-    if dtype == jnp.float32 and cpu_computes_in_tiles(x.dtype):
-        return _outer_product_in_tiles(x, dy)
-    return per_platform(x, dy, cuda=directly, default=narrow_first if x.shape[1] > dy.shape[1] else directly)
+    by_xla = narrow_first if x.shape[1] > dy.shape[1] else directly
+    in_tiles = dtype == jnp.float32 and cpu_computes_in_tiles(x.dtype)
+    return per_platform(x, dy, cuda=directly, cpu=_outer_product_in_tiles if in_tiles else by_xla, default=by_xla)
 
 
 def _outer_product_in_tiles(x: Array, dy: Array) -> Array:
