@@ -100,16 +100,28 @@ def fetch(name: str) -> Path:
     Raises:
       UserError: the name is unknown or closed to this user, or the hub cannot be reached and the cache has nothing.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors, snapshot_download
 
+    folder = f"or give a folder: model.path=FOLDER, which `hf download {name}` prints where there is a network"
     try:
         return Path(snapshot_download(name, allow_patterns=_FETCHED, ignore_patterns=_NOT_FETCHED))
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"{name} is gated on the Hugging Face hub",
+            why="its makers want to be asked first, and the hub does not know that you may have it",
+            fix=f"ask on https://huggingface.co/{name}, then `hf auth login`",
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"no such folder or file: {name}; and the Hugging Face hub has no model of that name",
+            why="it is misspelt, or private and you are not logged in",
+            fix="check the name, or `hf auth login`",
+        ) from error
     except Exception as error:  # the hub's clients raise errors of several HTTP libraries
         raise UserError(
             f"no such folder or file: {name}; and it could not be had from the Hugging Face hub",
             why=first_line(error),
-            fix=f"check the name and the network, or `hf auth login` for a gated model, or fetch it once with "
-            f"`hf download {name}`, or give a folder: model.path=FOLDER",
+            fix=f"check the network, {folder}",
         ) from error
 
 
