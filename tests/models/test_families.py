@@ -60,6 +60,8 @@ def test_layers_with_and_without_a_window(memory_checkpoint) -> None:
     assert max(reach(model, 20)) == 19
     ids = np.random.default_rng(0).integers(0, 96, (1, 20)).astype(np.int32)
     alone = logits(model, ids)
+    positions = np.arange(20, dtype=np.int32)[None]
+    np.testing.assert_array_equal(logits(model, ids, positions=positions), alone)  # counted without the window
     graph, state = nnx.split(model)
 
     @jax.jit
