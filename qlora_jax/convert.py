@@ -139,6 +139,9 @@ def run(options: argparse.Namespace) -> None:
         f"{out}: {in_bytes(made.nbytes)} in {files}, {made.linear_bits:.2f} bits per weight of the linears, "
         f"{time.monotonic() - began:.1f} s"
     )
+    if made.wide:
+        kept = f"{' and '.join(made.wide)} in 16 bits, with the values that 4 bits stand for"
+        print(f"note: {out} has {kept}: transformers has no 4 bits for them", file=sys.stderr)
     if made.missing:
         print(f"note: {checkpoint.path} has no {' and no '.join(made.missing)}, so {out} has none", file=sys.stderr)
     start = []

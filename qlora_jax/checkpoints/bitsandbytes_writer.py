@@ -14,6 +14,7 @@ from qlora_jax.checkpoints.atomic import whole_folder
 from qlora_jax.checkpoints.bitsandbytes import Form
 from qlora_jax.checkpoints.companions import config_of, copy_companions, write_config
 from qlora_jax.checkpoints.source import Checkpoint, open_checkpoint
+from qlora_jax.checkpoints.t5 import is_t5
 from qlora_jax.checkpoints.tensorwriter import TensorSpec, write_shards
 from qlora_jax.errors import UserError
 from qlora_jax.nf4.codebook import CODEBOOKS, DYNAMIC_MAP, SCALE_GROUP
@@ -43,9 +44,15 @@ def save_bitsandbytes(
       shard_bytes: largest size of a file.
 
     Raises:
-      UserError: no linear in 4 bits; another 4-bit type; a path that is a file; a source that cannot be read.
+      UserError: a T5; no linear in 4 bits; another 4-bit type; a path that is a file; a source that cannot be read.
     """
     checkpoint = open_checkpoint(source) if isinstance(source, str | Path) else source
+    if is_t5(checkpoint.config):
+        raise UserError(
+            f"{checkpoint.path} is a T5",
+            why="save_bitsandbytes writes decoders",
+            fix="python -m qlora_jax.convert FOLDER OUT writes a T5's 4 bits",
+        )
     names = checkpoint.names()
     values = {name: _value(model, name) for name in names}
     stored = {name: stack for name, (stack, _) in values.items() if isinstance(stack, NF4Tensor)}

@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from qlora_jax.checkpoints import t5
 from qlora_jax.checkpoints.atomic import whole_folder
 from qlora_jax.checkpoints.bitsandbytes import QUANTIZED_FROM, BitsandbytesCheckpoint, Form
 from qlora_jax.checkpoints.bitsandbytes_writer import (
@@ -22,6 +24,7 @@ from qlora_jax.checkpoints.digest import quantized_from
 from qlora_jax.checkpoints.source import Checkpoint
 from qlora_jax.checkpoints.tensorfile import not_finite
 from qlora_jax.checkpoints.tensorwriter import Group, TensorSpec, write_shards
+from qlora_jax.nf4.decode import dequantize
 from qlora_jax.nf4.streaming import quantize_rows
 from qlora_jax.nf4.tensor import NF4Tensor, leaf_shapes
 
@@ -42,12 +45,14 @@ class Converted:
       files: of weights.
       nbytes: of tensors.
       linear_bits: bits for each weight of the linears, scales counted in; 0 where they are dense.
+      wide: kinds of linears that transformers has in 16 bits only; decoded for it.
       missing: what else a folder usually has and this one does not, in words.
     """
 
     files: tuple[Path, ...]
     nbytes: int
     linear_bits: float
+    wide: tuple[str, ...]
     missing: tuple[str, ...]
 
 
@@ -71,8 +76,9 @@ def convert(
 ) -> Converted:
     """Quantizes a checkpoint into a folder that transformers, vLLM, bitsandbytes and `load_model` read.
 
-    The bytes are those that `load_model` makes of the checkpoint. Tensors are read, quantized and written one after the
-    other, so that host memory holds two of them at most. The folder appears whole or not at all.
+    The bytes are those that `load_model` makes of the checkpoint; a linear that transformers has in 16 bits only is
+    written so, with the values that those bytes stand for (see `t5.is_kept_wide`). Tensors are read, quantized and
+    written one after the other, so that host memory holds two of them at most. The folder appears whole or not at all.
 
     Args:
       checkpoint: a model; of one in bitsandbytes' 4 bits the bytes are written as they are, and the next three
@@ -92,6 +98,7 @@ def convert(
     """
     names, linears = checkpoint.names(), block_linears(checkpoint)
     stored = isinstance(checkpoint, BitsandbytesCheckpoint)
+    wide = {name for name in linears if t5.is_t5(checkpoint.config) and t5.is_kept_wide(name)}
     forms: dict[str, Form] = {}
     for name in linears:
         dtype = checkpoint.dtype(name).name
@@ -115,19 +122,32 @@ def convert(
 
     def make(index: int) -> dict[str, np.ndarray]:
         name = names[index]
-        return packed_tensors(name, packed(name)) if name in forms else {name: _finite(checkpoint, name)}
+        if name not in forms:
+            return {name: _finite(checkpoint, name)}
+        return {name: decoded(packed(name))} if name in wide else packed_tensors(name, packed(name))
 
-    groups = [packed_specs(name, forms[name]) if name in forms else [_spec(checkpoint, name)] for name in names]
-    skipped = sorted({name.split(".")[-2] for name in linears if name not in forms})
+    def specs(name: str) -> Group:
+        if name not in forms:
+            return [_spec(checkpoint, name)]
+        form = forms[name]
+        return [TensorSpec(name, form.shape, form.dtype)] if name in wide else packed_specs(name, form)
+
+    groups = [specs(name) for name in names]
+    skipped = sorted({name.split(".")[-2] for name in linears if name not in forms or name in wide})
     config = config_of(checkpoint) | {"quantization_config": quantization_config(next(iter(forms.values())), skipped)}
-    leaves = [leaf_shapes(form.shape[::-1], form.block_size, form.double_quant).values() for form in forms.values()]
-    size = sum(math.prod(shape) * dtype.itemsize for shapes in leaves for shape, dtype in shapes)
+    size = 0
+    for name, form in forms.items():
+        leaves = leaf_shapes(form.shape[::-1], form.block_size, form.double_quant).values()
+        size += sum(math.prod(shape) * dtype.itemsize for shape, dtype in leaves if name not in wide)
+        size += 2 * math.prod(form.shape) * (name in wide)
     bits = 8 * size / sum(math.prod(form.shape) for form in forms.values())
     made_of = checkpoint.quantized_from if isinstance(checkpoint, BitsandbytesCheckpoint) else None
     if source_sha256 is not None and not stored:
         made_of = quantized_from(source_sha256, quant_type, block_size, double_quant)
     metadata = {} if made_of is None else {QUANTIZED_FROM: made_of}
-    return _write(checkpoint, folder, groups, make, config, shard_bytes, progress, also, metadata, linear_bits=bits)
+    made = _write(checkpoint, folder, groups, make, config, shard_bytes, progress, also, metadata)
+    kinds = sorted({name.split(".")[-2] for name in wide})
+    return dataclasses.replace(made, linear_bits=bits, wide=tuple(kinds))
 
 
 def write_dense(
@@ -166,7 +186,6 @@ def write_dense(
         progress,
         also,
         metadata={},
-        linear_bits=0.0,
     )
 
 
@@ -180,8 +199,6 @@ def _write(
     progress: Progress | None,
     also: Callable[[Path], None] | None,
     metadata: Mapping[str, str],
-    *,
-    linear_bits: float,
 ) -> Converted:
     with whole_folder(folder) as filled:
         missing = copy_companions(checkpoint, filled)  # first: what it may refuse costs no time then
@@ -192,7 +209,8 @@ def _write(
     return Converted(
         files=tuple(folder / file.name for file in files),
         nbytes=sum(spec.nbytes for group in groups for spec in group),
-        linear_bits=linear_bits,
+        linear_bits=0.0,
+        wide=(),
         missing=tuple(missing),
     )
 
@@ -209,3 +227,11 @@ def _finite(checkpoint: Checkpoint, name: str) -> np.ndarray:
         if not np.isfinite(flat[start : start + _CHUNK]).all():
             raise not_finite(name, checkpoint.path)
     return value
+
+
+def decoded(w: NF4Tensor) -> np.ndarray:
+    """What 4 bits stand for, `[out, in]` in the dtype of the original."""
+    return np.ascontiguousarray(np.asarray(_decoded(w)).T)
+
+
+_decoded = jax.jit(dequantize)

@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
-from qlora_jax.checkpoints.conversion import block_linears
+from qlora_jax.checkpoints.conversion import block_linears, decoded
 from qlora_jax.checkpoints.peft_reader import WHOLE_MODULES, PeftAdapter, read_adapter
 from qlora_jax.checkpoints.source import Checkpoint
-from qlora_jax.nf4.decode import dequantize
 from qlora_jax.nf4.streaming import quantize_rows
 
 if TYPE_CHECKING:
@@ -68,7 +66,7 @@ class MergedCheckpoint:
             return self._adapter.whole[name]
         value = self._base.read(name)
         if name in self._linears and self._quantized is not None:
-            value = np.asarray(_decoded(quantize_rows(value, **self._quantized)[0])).T
+            value = decoded(quantize_rows(value, **self._quantized)[0])
         linear = self._adapter.linears.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if linear is None:
             return value
@@ -89,6 +87,3 @@ def adapter_for(checkpoint: Checkpoint, folder: Path) -> PeftAdapter:
     linears = {name: (shape[0], shape[1]) for name, shape in shapes.items()}
     whole = {name: checkpoint.shape(name) for name in WHOLE_MODULES.values() if name in checkpoint.names()}
     return read_adapter(folder, linears, whole if len(whole) == len(WHOLE_MODULES) else {})
-
-
-_decoded = jax.jit(dequantize)

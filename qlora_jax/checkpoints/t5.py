@@ -50,6 +50,11 @@ def normalised(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     return config
 
 
+def is_kept_wide(name: str) -> bool:
+    """Whether transformers leaves this linear out of bitsandbytes' 4 bits, whatever a folder says: T5's `wo`."""
+    return name.endswith(".wo.weight")
+
+
 def model_tensors(names: Collection[str], config: dict[str, Any]) -> list[str]:
     """The tensors of `names` that are the model, without copies; settles `config["tie_word_embeddings"]`."""
     left_out = {_UNREAD}
