@@ -100,11 +100,12 @@ def run(options: argparse.Namespace) -> None:
     from qlora_jax.checkpoints.source import open_checkpoint
     from qlora_jax.models.loading import check_model
     from qlora_jax.nf4.environment import check_environment
+    from qlora_jax.training.finished import base_model
     from qlora_jax.training.meter import Meter, in_bytes
 
     out = Path(options.out).expanduser()
     check_unused(out, option="OUT")
-    checkpoint = open_checkpoint(options.model)
+    checkpoint = open_checkpoint(base_model(options.model, lambda text: print(text, file=sys.stderr)))
     if isinstance(checkpoint, BitsandbytesCheckpoint):
         raise UserError(
             f"{checkpoint.path} is in 4 bits already",

@@ -36,7 +36,7 @@ _DTYPE_HELP = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the door and returns its exit code: 0, 2 (a user's mistake), 130 (interrupted), 1 (anything else)."""
-    return exit_code(lambda given: run(parse(given)), arguments)
+    return exit_code(lambda given: run(parse(given)), arguments, interrupted="interrupted; nothing is kept")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -66,16 +66,21 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         (
             options.dtype is None or options.to == "merged",
             f"--dtype {options.dtype}",
-            "dtypes are given",
+            "only a merged model has a dtype to choose",
             "--to merged",
         ),
         (
             not options.requantize or options.to == "bitsandbytes",
             "--requantize",
-            "nothing is 4-bit",
+            "only what is written in 4 bits can be rounded to them",
             "--to bitsandbytes",
         ),
-        (options.base_name is None or options.to == "peft", "--base-name", "no adapter stands alone", "--to peft"),
+        (
+            options.base_name is None or options.to == "peft",
+            "--base-name",
+            "an adapter beside its base names that",
+            "--to peft",
+        ),
     ]
     mistakes = [
         UserError(f"{option} with --to {options.to}", why=why, fix=fix) for good, option, why, fix in checks if not good

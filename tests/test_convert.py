@@ -33,6 +33,13 @@ def test_a_folder_is_quantized_and_the_next_command_works(tiny_llama, tmp_path, 
     assert answers[0] == answers[1]
 
 
+def test_the_demos_model_by_its_name(tiny_llama, tmp_path, capfd, monkeypatch):
+    from qlora_jax.training import demo
+
+    monkeypatch.setattr(demo, "fetch_demo_model", lambda say: tiny_llama[0])
+    assert run(capfd, "smollm2-demo", tmp_path / "out")[0] == 0
+
+
 def test_what_is_missing_is_told(golden_dir, tmp_path, capfd):
     code, _, err = run(capfd, golden_dir / "interop" / "tiny_llama_bf16", tmp_path / "out", "quant_type=fp4")
     assert code == 0

@@ -159,6 +159,20 @@ def test_ctrl_c_twice_leaves(run_folder: Path, capfd, monkeypatch) -> None:
     assert "Traceback" not in err
 
 
+def test_a_reader_who_leaves_is_no_fault() -> None:
+    program = (
+        "import sys; from qlora_jax.training.console import exit_code\n"
+        "def act(given):\n  for _ in range(100000): print('an answer', flush=True)\n"
+        "sys.exit(exit_code(act, []))"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    writer.stdout.readline()
+    writer.stdout.close()
+    assert writer.stderr.read() == b""
+    writer.stderr.close()
+    assert writer.wait(timeout=60) == 141
+
+
 def test_stdin_is_asked_where_it_is_no_terminal(run_folder: Path, capfd, monkeypatch) -> None:
     import io
 

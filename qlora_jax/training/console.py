@@ -21,7 +21,7 @@ def exit_code(
       interrupted: what is printed after Ctrl-C.
 
     Returns:
-      0, 2 (a user's mistake), 130 (interrupted) or 1 (anything else).
+      0, 2 (a user's mistake), 130 (interrupted), 141 (stdout was closed, as a shell has it) or 1 (anything else).
     """
     prepare_console()
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -32,6 +32,10 @@ def exit_code(
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads stdout has had enough, such as `head`
+        # What is still buffered would else be written at exit, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception:
         return report_fault()
     return 0
