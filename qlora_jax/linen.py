@@ -77,7 +77,7 @@ class nf4_dense(nn.Module):
             a = self.param("lora_a", self.a_init, (in_features, self.rank), jnp.float32)
             b = self.param("lora_b", nn.initializers.zeros, (self.rank, self.features), jnp.float32)
             key = self.make_rng("dropout") if self.dropout > 0 and self.has_rng("dropout") else None
-            y = adapted(x, kernel, a, b, scaling=self.alpha / self.rank, dropout=self.dropout, key=key)
+            y = adapted(x, kernel, a, b, scaling=float(self.alpha) / self.rank, dropout=self.dropout, key=key)
         else:
             y = frozen_base(x, kernel)
         if self.use_bias:

@@ -84,7 +84,7 @@ def attend(
         True where mask is None.
     """
     if same_tokens and not cuda_kernels_loaded() and jax.default_backend() == "cpu":
-        if cpu_computes_in_tiles(query.dtype):
+        if query.dtype == key.dtype == value.dtype and cpu_computes_in_tiles(query.dtype):
             return fused_attention(query, key, value, mask)
         if query.shape[1] > SHORT:
             return blockwise_attention(query, key, value, mask)

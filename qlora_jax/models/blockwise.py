@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from qlora_jax.nf4.platforms import vary_like
+
 # Queries of a block: [256, 512] float32 scores are half a megabyte.
 BLOCK_QUERIES = 256
 
@@ -33,6 +35,8 @@ def blockwise_attention(
     Returns:
       `[batch, seq, heads, head_dim]` in the query's dtype.
     """
+    # In shard_map some may differ across devices where others do not; their gradients are then sums over devices.
+    query, key, value = (vary_like(x, (query, key, value)) for x in (query, key, value))
     return _attention(query, key, value, mask)
 
 

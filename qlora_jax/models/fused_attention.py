@@ -25,6 +25,8 @@ def fused_attention(
         mask says. None: all up to itself.
     """
     batch, seq = query.shape[:2]
+    # In shard_map some may differ across devices where others do not; their gradients are then sums over devices.
+    query, key, value = (vary_like(x, (query, key, value)) for x in (query, key, value))
     mask = jnp.zeros(0, jnp.bool_) if mask is None else jnp.broadcast_to(mask, (batch, seq, seq))
     return _attention(query, key, value, mask)
 

@@ -4,6 +4,7 @@ Added on its own, an adapter's product writes and reads matrices of the result's
 as much as the product itself. The CPU's kernels take it as a few more elements of what they sum over.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -45,8 +46,9 @@ def matmul_and_add(
       `[..., out]`, or `[..., in]`, in x's dtype.
     """
     *batch, _ = x.shape
+    rows = math.prod(batch)
     product = _input_gradient if input_gradient else _forward
-    y = product(x.reshape(-1, x.shape[-1]), w, u.reshape(-1, u.shape[-1]), v)
+    y = product(x.reshape(rows, x.shape[-1]), w, u.reshape(rows, u.shape[-1]), v)
     return y.reshape(*batch, y.shape[-1])
 
 
@@ -83,7 +85,8 @@ def _product(x: Array, w: NF4Tensor, u: Array, v: Array, *, input_gradient: bool
 def _batching_rule(product: Any, size: int, batched: Any, x: Array, w: NF4Tensor, u: Array, v: Array) -> Any:
     x_batched, w_batched, u_batched, v_batched = batched
     if x_batched and u_batched and not v_batched and not any(jax.tree.leaves(w_batched)):
-        y = product(x.reshape(-1, x.shape[-1]), w, u.reshape(-1, u.shape[-1]), v)
+        rows = size * x.shape[1]
+        y = product(x.reshape(rows, x.shape[-1]), w, u.reshape(rows, u.shape[-1]), v)
         return y.reshape(size, x.shape[1], -1), True
     leaves, structure = jax.tree.flatten((x, w, u, v))
     flags = jax.tree.leaves(batched)

@@ -1,6 +1,7 @@
 """A layer's frozen product, alone and with its adapter."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +34,10 @@ def adapted(
     Args:
       x: activations.
       kernel: 4-bit or dense, one layer's.
-      a, b, scaling, dropout, key: as lora_branch.
+      a, b, dropout, key: as lora_branch.
+      scaling: alpha / rank, a number that is known when the program is traced.
     """
+    scaling = float(scaling)  # a NumPy scalar would make its product float32
     dropping = key is not None and dropout > 0
     if isinstance(kernel, NF4Tensor) and not dropping and cpu_kernel_adds(kernel):
         x = vary_like(x, (kernel, a, b))
@@ -64,4 +67,4 @@ _with_adapter.defvjp(_forward, _backward)
 
 
 def _rows(x: Array) -> Array:
-    return jnp.reshape(x, (-1, x.shape[-1]))
+    return jnp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))

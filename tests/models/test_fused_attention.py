@@ -1,5 +1,6 @@
 """Attention as one kernel in tiles of bfloat16: against the library in float32, and against attention in blocks."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -108,6 +109,19 @@ def test_large_scores_neither_overflow_nor_vanish():
 
 
 @here
+@pytest.mark.parametrize("operand", range(3))
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_shows(operand, bad):
+    *operands, dy = draw((1, 64, 2, 1, 16))
+    operands[operand] = operands[operand].at[0, 3, 0, 0].set(bad)
+    ours, blocks = (with_gradients(f, *operands, None, dy) for f in (fused_attention, blockwise_attention))
+    finite = [[np.isfinite(np.asarray(x, np.float32)) for x in results] for results in (ours, blocks)]
+    np.testing.assert_array_equal(*(results[0] for results in finite))
+    # Of the gradients, blocks spoil some that the operand has no part in.
+    assert [x.all() for x in finite[0]] == [x.all() for x in finite[1]]
+
+
+@here
 def test_neither_the_batch_nor_later_tokens_leave_a_trace():
     *operands, dy = draw((1, 200, 2, 1, 64))
     alone = with_gradients(fused_attention, *operands, None, dy)  # few heads: queries are cut into parts
@@ -125,6 +139,20 @@ def test_one_mask_for_all_rows():
     mask = window(1, 40)
     every = fused_attention(*operands, jnp.concatenate([mask] * 3))
     np.testing.assert_array_equal(fused_attention(*operands, mask), every)
+
+
+@here
+def test_keys_and_values_that_all_devices_share():
+    """One key/value head, and query heads cut over devices: the shared gradients are sums over them."""
+    *operands, dy = draw((1, 40, 2, 1, 32))
+    mesh = jax.make_mesh((2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+    cut, whole = jax.P(None, None, "heads"), jax.P()
+    for function in (fused_attention, blockwise_attention):
+        run = functools.partial(lambda f, q, k, v, dy: with_gradients(f, q, k, v, None, dy), function)
+        cut_up = jax.shard_map(run, mesh=mesh, in_specs=(cut, whole, whole, cut), out_specs=(cut, cut, whole, whole))
+        for own, alone in zip(jax.jit(cut_up)(*operands, dy), run(*operands, dy), strict=True):
+            alone = np.asarray(alone, np.float64)
+            assert distance(own, alone) <= 2**-7 * np.linalg.norm(alone)
 
 
 @here

@@ -11,7 +11,7 @@ import pytest
 
 from qlora_jax.nf4 import dequantize, quantize, use_kernels
 from qlora_jax.nf4.kernels import OUTER_PRODUCT_TARGET, cpu_computes_in_tiles
-from qlora_jax.nn.adapted import adapted
+from qlora_jax.nn.adapted import adapted, frozen_base
 from qlora_jax.nn.products import outer_product
 
 tiles = pytest.mark.skipif(
@@ -85,6 +85,13 @@ def test_dropout_acts_on_the_adapters_input_alone():
     base = adapted(x, w, a, 0 * b, scaling=SCALING, dropout=0.5, key=key)
     np.testing.assert_allclose(base, adapted(x, w, a, 0 * b, scaling=SCALING), atol=1e-5)
     assert not np.allclose(plain, dropped, atol=1e-2)
+
+
+def test_a_numpy_scalar_scales_and_rank_0_adds_nothing():
+    x, w, a, b, _ = operands("bfloat16")
+    y = adapted(x, w, a, b, scaling=np.float32(SCALING))
+    np.testing.assert_array_equal(y, adapted(x, w, a, b, scaling=SCALING))
+    np.testing.assert_array_equal(adapted(x, w, a[:, :0], b[:0], scaling=1.0), frozen_base(x, w))
 
 
 @pytest.mark.parametrize("mapped", [(0, None, None), (0, 0, 0), (None, 0, 0)])

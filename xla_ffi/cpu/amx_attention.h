@@ -33,7 +33,7 @@ constexpr int64_t kGathered = 4;
 // e^x for x <= 0, to 2 units in the last place; below -104 it is 0. A Taylor polynomial of degree 6 in what is left of x
 // after whole multiples of ln 2, which is 0.35 at most.
 static inline __m512 Exp(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-104.0f));
+  x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);  // of two operands with a NaN it is the second that comes out
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
   // ln 2 in two parts, the first of which is exact in products with n.
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
