@@ -250,8 +250,8 @@ struct Tiles {
     const int64_t row_blocks = CeilDivide(problem.rows, kBlockSide);
     const int64_t output_blocks = CeilDivide(problem.outputs, kBlockSide);
     const int64_t row_parts = CeilDivide(problem.rows, kMaxTaskRows);
-    // Four tasks a thread balance the load.
-    const int64_t output_parts = CeilDivide(4 * threads, row_parts);
+    // Four tasks a thread balance the load; with few rows tasks are short, and more of them end closer together.
+    const int64_t output_parts = CeilDivide((row_blocks == 1 ? 32 : 4) * threads, row_parts);
     Plan plan;
     const int64_t steps = CeilDivide(problem.reduction, kBlockSide) + CeilDivide(problem.rank, kBlockSide);
     plan.packed_bytes = RowTiles(problem) * steps * kTileBytes;

@@ -5,9 +5,21 @@
 #include <condition_variable>
 #include <memory>
 #include <mutex>
+#include <thread>
 
 namespace qlora_jax {
 namespace {
+
+// About 50 microseconds.
+constexpr int kLooks = 1000;
+
+void Pause() {
+#ifdef QLORA_JAX_X86
+  __builtin_ia32_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
 
 // Shared with the pool: a thread may come to it after ForEach has returned, and then finds no task left.
 struct Job {
@@ -20,12 +32,18 @@ struct Job {
       ++finished;
     }
     if (finished == 0) return;
-    std::lock_guard<std::mutex> lock(mutex);
-    done += finished;
-    if (done == tasks) all_done.notify_one();
+    if ((done += finished) != tasks) return;
+    std::lock_guard<std::mutex> lock(mutex);  // or the notice could come between the waiter's look and its sleep
+    all_done.notify_one();
   }
 
+  // Other threads have a part of a task left at most. Being woken takes as long as a small product, so at first it looks
+  // again and again.
   void Wait() {
+    for (int look = 0; look < kLooks; ++look) {
+      if (done == tasks) return;
+      Pause();
+    }
     std::unique_lock<std::mutex> lock(mutex);
     all_done.wait(lock, [this] { return done == tasks; });
   }
@@ -35,7 +53,7 @@ struct Job {
   std::atomic<int64_t> next{0};
   std::mutex mutex;
   std::condition_variable all_done;
-  int64_t done = 0;
+  std::atomic<int64_t> done{0};
 };
 
 }  // namespace
