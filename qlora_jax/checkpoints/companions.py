@@ -53,7 +53,7 @@ def copy_companions(checkpoint: Checkpoint, folder: Path) -> list[str]:
         return ["tokenizer"]
     ids = {
         key: checkpoint.config[key]
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
         if key in checkpoint.config
     }
     (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")

@@ -13,9 +13,10 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, ReaderTenso
 from gguf.quants import dequantize
 from jaxtyping import Float
 
+from qlora_jax.checkpoints import t5
 from qlora_jax.checkpoints.digest import sha256_of
 from qlora_jax.checkpoints.families import FAMILIES, normalised
-from qlora_jax.checkpoints.gguf_names import ARCHITECTURES, hf_name, in_hf_order
+from qlora_jax.checkpoints.gguf_names import ARCHITECTURES, architecture_of, hf_name, in_hf_order
 from qlora_jax.checkpoints.gguf_tokenizer import build_tokenizer
 from qlora_jax.errors import UserError
 
@@ -36,10 +37,15 @@ class GGUFCheckpoint:
         self._metadata, tensors = _open(file)
         self._rope_factors = tensors.pop(_ROPE_FACTORS, None)
         self._name = str(self._metadata["general.architecture"])
-        self._architecture = ARCHITECTURES[self._name]
+        self._architecture = architecture_of(self._name, tensors)
         self._tensors = {hf_name(name, self._architecture, file): tensor for name, tensor in tensors.items()}
         _check_types(file, tensors)
-        self.config = self._config()
+        if self._name == t5.MODEL_TYPE:
+            self.config = t5.normalised(self._t5_config(), file)
+            names = t5.model_tensors(self._tensors, self.config)
+            self._tensors = {name: self._tensors[name] for name in names}
+        else:
+            self.config = self._config()
 
     def names(self) -> list[str]:
         return list(self._tensors)
@@ -59,8 +65,7 @@ class GGUFCheckpoint:
         added = 1.0 if self._architecture.norms_plus_one and name.endswith("norm.weight") else 0.0
         for start in range(0, shape[0], rows):
             values[start : start + rows] = dequantize(tensor.data[start : start + rows], tensor.tensor_type) - added
-        heads, kv_heads = self.config["num_attention_heads"], self.config["num_key_value_heads"]
-        return in_hf_order(values, name, self._architecture, heads, kv_heads)
+        return in_hf_order(values, name, self._architecture, self.config)
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         return build_tokenizer(self._metadata, self.path)
@@ -86,7 +91,7 @@ class GGUFCheckpoint:
         return value
 
     def _has(self, inner: str) -> bool:
-        return f"{self._architecture.layers}.0.{inner}" in self._tensors
+        return f"{self._architecture.layers['']}.0.{inner}" in self._tensors
 
     def _config(self) -> dict[str, Any]:
         """HF's keys from the metadata; `gguf-dump FILE` shows them."""
@@ -132,10 +137,40 @@ class GGUFCheckpoint:
                 "attn_logit_softcapping": self._metadata.get(f"{self._name}.attn_logit_softcapping"),
                 "final_logit_softcapping": self._metadata.get(f"{self._name}.final_logit_softcapping"),
             }
-        for key, stored in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-            if (token := self._metadata.get(f"tokenizer.ggml.{stored}_token_id")) is not None:
-                config[f"{key}_token_id"] = token
-        return normalised(config)
+        return normalised(config | self._token_ids())
+
+    def _t5_config(self) -> dict[str, Any]:
+        """HF's keys of a T5. `relative_attention_max_distance` is not stored: it is 128, HF's default, in llama.cpp."""
+        get = self._get
+        hidden, heads = get("embedding_length"), get("attention.head_count")
+        gated = any(name.endswith("DenseReluDense.wi_0.weight") for name in self._tensors)
+        head, embedding = self._tensors.get("lm_head.weight"), self._tensor("shared.weight")
+        copied = head is not None and head.tensor_type == embedding.tensor_type
+        tied = head is None or (copied and np.array_equal(head.data, embedding.data))
+        ids = {"eos_token_id": 1, "pad_token_id": 0} | self._token_ids()  # llama.cpp's defaults for T5
+        return ids | {
+            "architectures": [t5.HEAD],
+            "model_type": t5.MODEL_TYPE,
+            "vocab_size": self.shape("shared.weight")[0],
+            "d_model": hidden,
+            "d_kv": get("attention.key_length", hidden // heads),
+            "d_ff": get("feed_forward_length"),
+            "num_layers": get("block_count"),
+            "num_decoder_layers": get("decoder_block_count", get("block_count")),
+            "num_heads": heads,
+            "relative_attention_num_buckets": get("attention.relative_buckets_count"),
+            "layer_norm_epsilon": _decimal(get("attention.layer_norm_rms_epsilon")),
+            "feed_forward_proj": "gated-gelu" if gated else "relu",
+            "is_encoder_decoder": True,
+            "tie_word_embeddings": tied,
+            "decoder_start_token_id": get("decoder_start_token_id", ids["pad_token_id"]),
+            "torch_dtype": "bfloat16",
+        }
+
+    def _token_ids(self) -> dict[str, int]:
+        roles = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+        stored = {key: self._metadata.get(f"tokenizer.ggml.{role}_token_id") for key, role in roles.items()}
+        return {f"{key}_token_id": int(token) for key, token in stored.items() if token is not None}
 
     def _rope_scaling(self) -> dict[str, Any] | None:
         kind = self._get("rope.scaling.type", "none")

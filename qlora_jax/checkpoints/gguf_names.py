@@ -5,8 +5,9 @@ Mapping: llama.cpp's convert_hf_to_gguf.py, read backwards.
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,8 +20,9 @@ class Architecture:
 
     Attributes:
       model_type: HF's.
-      outer, inner: HF's names for tensors outside of the blocks and in them, without `.weight` and `.bias`.
-      layers: HF's name of the list of blocks.
+      outer, inner: HF's names for tensors outside of the blocks and in them, without `.weight` and `.bias`. Of an
+        encoder-decoder, own names begin with `enc.` or `dec.`.
+      layers: HF's name of the list of blocks; of an encoder-decoder, of each of its two.
       norms_plus_one: whether the weights of norms are stored with 1 added.
       paired: whether the rows of a head's queries and keys alternate between its two halves.
     """
@@ -28,7 +30,7 @@ class Architecture:
     model_type: str
     outer: Mapping[str, str]
     inner: Mapping[str, str]
-    layers: str = "model.layers"
+    layers: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"": "model.layers"})
     norms_plus_one: bool = False
     paired: bool = False
 
@@ -51,6 +53,31 @@ _FOUR_NORMS = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_T5_OUTER = {
+    "token_embd": "shared",
+    "enc.output_norm": "encoder.final_layer_norm",
+    "dec.output_norm": "decoder.final_layer_norm",
+    "output": "lm_head",
+}
+# The last sublayer, the feed-forward one, comes after the decoder's attention to the source.
+_T5_INNER = {
+    f"{stack}.{own}": f"layer.{index}.{inner}"
+    for stack, last in (("enc", 1), ("dec", 2))
+    for own, index, inner in (
+        *((f"attn_{x}", 0, f"SelfAttention.{x}") for x in "qkvo"),
+        ("attn_rel_b", 0, "SelfAttention.relative_attention_bias"),
+        ("attn_norm", 0, "layer_norm"),
+        ("ffn_gate", last, "DenseReluDense.wi_0"),
+        ("ffn_up", last, "DenseReluDense.wi_1"),
+        ("ffn_down", last, "DenseReluDense.wo"),
+        ("ffn_norm", last, "layer_norm"),
+    )
+} | {
+    **{f"dec.cross_attn_{x}": f"layer.1.EncDecAttention.{x}" for x in "qkvo"},
+    "dec.cross_attn_rel_b": "layer.1.EncDecAttention.relative_attention_bias",
+    "dec.cross_attn_norm": "layer.1.layer_norm",
+}
+_PLAIN = {f"{stack}.ffn_up": _T5_INNER[f"{stack}.ffn_up"].replace("wi_1", "wi") for stack in ("enc", "dec")}
 
 ARCHITECTURES = {
     # Mistral's converter writes "llama", too.
@@ -75,19 +102,28 @@ ARCHITECTURES = {
             "attn_norm": "input_layernorm",
             "ffn_norm": "post_attention_layernorm",
         },
-        layers="gpt_neox.layers",
+        layers={"": "gpt_neox.layers"},
     ),
+    "t5": Architecture("t5", _T5_OUTER, _T5_INNER, layers={"enc.": "encoder.block", "dec.": "decoder.block"}),
 }
-_TENSOR = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
+_TENSOR = re.compile(r"((?:enc|dec)\.)?(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
+
+
+def architecture_of(name: str, tensors: Collection[str]) -> Architecture:
+    """One of ARCHITECTURES, as the names of a file's tensors settle it: a T5 1.0 has no gates."""
+    found = ARCHITECTURES[name]
+    if found.model_type == "t5" and not any(".ffn_gate." in tensor for tensor in tensors):
+        return dataclasses.replace(found, inner={**found.inner, **_PLAIN})
+    return found
 
 
 def hf_name(name: str, architecture: Architecture, file: Path) -> str:
     """HF name of a GGUF tensor. UserError: no such tensor in a model of the architecture."""
     if match := _TENSOR.fullmatch(name):
-        layer, own, leaf = match.groups()
-        found = (architecture.outer if layer is None else architecture.inner).get(own)
+        stack, layer, own, leaf = match.groups(default="")
+        found = (architecture.inner if layer else architecture.outer).get(f"{stack}{own}")
         if found is not None:
-            return f"{found}.{leaf}" if layer is None else f"{architecture.layers}.{layer}.{found}.{leaf}"
+            return f"{architecture.layers[stack]}.{layer}.{found}.{leaf}" if layer else f"{found}.{leaf}"
     raise UserError(
         f"unknown tensor {name!r} in {file}",
         why=f"a {architecture.model_type} has no such tensor (mixtures of experts and fused projections are not read)",
@@ -95,15 +131,17 @@ def hf_name(name: str, architecture: Architecture, file: Path) -> str:
     )
 
 
-def in_hf_order(rows: np.ndarray, name: str, architecture: Architecture, heads: int, kv_heads: int) -> np.ndarray:
-    """Rows of a tensor (weight `[out, in]` or bias `[out]`) from llama.cpp's order to that of HF."""
+def in_hf_order(rows: np.ndarray, name: str, architecture: Architecture, config: Mapping[str, Any]) -> np.ndarray:
+    """Rows of a tensor (weight `[out, in]` or bias `[out]`) from llama.cpp's order to that of HF; `config` has HF's
+    keys.
+    """
     if architecture.paired and ".q_proj." in name:
-        return unpermute(rows, heads)
+        return unpermute(rows, config["num_attention_heads"])
     if architecture.paired and ".k_proj." in name:
-        return unpermute(rows, kv_heads)
+        return unpermute(rows, config["num_key_value_heads"])
     if ".query_key_value." in name:
         # All queries, then all keys, then all values; in HF those of one head lie together.
-        by_kind = rows.reshape(3, heads, -1, *rows.shape[1:])
+        by_kind = rows.reshape(3, config["num_attention_heads"], -1, *rows.shape[1:])
         return np.ascontiguousarray(by_kind.swapaxes(0, 1)).reshape(rows.shape)
     return rows
 

@@ -1,11 +1,13 @@
 """The tokenizer inside a GGUF file, rebuilt for transformers without torch.
 
-Two kinds: byte-level BPE ("gpt2": Llama 3, SmolLM, Qwen, Pythia) with its merges, and SentencePiece BPE ("llama":
-Llama 2, Mistral, TinyLlama), whose merges follow from the scores of its pieces.
+Three kinds: byte-level BPE ("gpt2": Llama 3, SmolLM, Qwen, Pythia) with its merges; SentencePiece BPE ("llama":
+Llama 2, Mistral, TinyLlama), whose merges follow from the scores of its pieces; SentencePiece Unigram ("t5").
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from qlora_jax.errors import UserError
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerFast
 
-_CONTROL, _USER_DEFINED = 3, 4  # gguf.TokenType
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # gguf.TokenType
 _DIGITS_THEN_GPT2 = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone")
 _GPT2 = ("default", "gpt-2", "gpt2", "olmo")  # olmo: GPT-NeoX's, which Pythia has
 _LLAMA3 = ("llama3", "llama-v3", "llama-bpe")
@@ -24,6 +26,17 @@ _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+# Kinds, and what llama.cpp takes for keys of theirs that a file leaves out.
+_KINDS: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "llama": {},
+    "t5": {
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 2,
+    },
+}
 
 
 def build_tokenizer(metadata: dict[str, Any], file: Path) -> "PreTrainedTokenizerFast":
@@ -38,13 +51,17 @@ def build_tokenizer(metadata: dict[str, Any], file: Path) -> "PreTrainedTokenize
     model, tokens = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.tokens")
     if model is None or not tokens:
         raise UserError(f"no tokenizer in {file}", why="the metadata has no tokenizer.ggml.model and tokens")
-    if model not in ("gpt2", "llama"):
+    if model not in _KINDS:
         raise UserError(
             f"unsupported tokenizer in {file}: {model}",
-            why="byte-level BPE (gpt2) and SentencePiece BPE (llama) are the ones supported",
+            why="byte-level BPE (gpt2) and SentencePiece's BPE (llama) and Unigram (t5) are the ones supported",
             fix="model.path=FOLDER: the same model as an HF folder",
         )
-    rebuilt = _byte_level(metadata, file) if model == "gpt2" else _sentencepiece(metadata)
+    metadata = _KINDS[model] | metadata
+    if model == "t5":
+        rebuilt = _unigram(metadata, file)
+    else:
+        rebuilt = _byte_level(metadata, file) if model == "gpt2" else _sentencepiece(metadata)
     typed = list(zip(tokens, metadata.get("tokenizer.ggml.token_type") or [], strict=False))
     rebuilt.add_special_tokens(
         [AddedToken(token, normalized=False, special=True) for token, kind in typed if kind == _CONTROL]
@@ -64,6 +81,11 @@ def build_tokenizer(metadata: dict[str, Any], file: Path) -> "PreTrainedTokenize
         )
         byte_level = [processors.ByteLevel(trim_offsets=False)] if model == "gpt2" else []
         rebuilt.post_processor = processors.Sequence([*byte_level, start])
+    elif model == "t5" and metadata.get("tokenizer.ggml.add_eos_token", True):
+        eos = special["eos_token"]
+        rebuilt.post_processor = processors.TemplateProcessing(
+            single=["$A", eos], pair=["$A", eos, "$B", eos], special_tokens=[(eos, rebuilt.token_to_id(eos))]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=rebuilt,
         chat_template=metadata.get("tokenizer.chat_template"),
@@ -128,6 +150,33 @@ def _sentencepiece(metadata: dict[str, Any]) -> "Tokenizer":
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *stripped]
     )
+    return tokenizer
+
+
+def _unigram(metadata: dict[str, Any], file: Path) -> "Tokenizer":
+    """As T5's tokenizer.json has it."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    keys = ("tokenizer.ggml.add_space_prefix", "tokenizer.ggml.remove_extra_whitespaces")
+    if off := [key for key in keys if not metadata.get(key, True)]:
+        raise UserError(
+            f"unsupported tokenizer in {file}: t5 with {' and '.join(f'{key}=false' for key in off)}",
+            why="a Unigram whose words begin with one space each is the one supported, as T5 has it",
+            fix="model.path=FOLDER: the same model as an HF folder",
+        )
+    tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
+    kinds = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+    # Rows of the embedding that no piece has are filled up with pieces of a score far below the others'. What is
+    # unknown has the lowest score of all, less ten: it must not follow from those.
+    lowest = min((score for score, kind in zip(scores, kinds, strict=True) if kind == _NORMAL), default=0.0)
+    pieces = [(token, max(score, lowest)) for token, score in zip(tokens, scores, strict=True)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=metadata["tokenizer.ggml.unknown_token_id"]))
+    if charsmap := metadata.get("tokenizer.ggml.precompiled_charsmap"):
+        # A list of bytes, in some files signed ones.
+        tokenizer.normalizer = normalizers.Precompiled(np.asarray(charsmap).astype(np.uint8).tobytes())
+    words = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), words])
+    tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
     return tokenizer
 
 

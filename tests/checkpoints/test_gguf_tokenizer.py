@@ -15,7 +15,7 @@ TEXT = [
     "The quick brown fox jumps over the lazy dog. the the the return returns returned joining joined",
 ]
 PROBES = [*TEXT, "", " ", "  42", "a  b   c", "hello\r\nworld", "unseen žluťoučký kůň", "x<|im_end|>y", "99 1 007"]
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # gguf.TokenType
+NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6  # gguf.TokenType
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 
@@ -167,6 +167,92 @@ def test_sentencepiece_bpe_equals_sentencepiece(tiny_gguf, tmp_path, sentencepie
         assert ids == sentencepiece_model.encode(text), text
         assert rebuilt.decode(ids) == text
     assert rebuilt("the").input_ids == [sentencepiece_model.bos_id(), *sentencepiece_model.encode("the")]
+
+
+@pytest.fixture(scope="module")
+def unigram_model():
+    """A SentencePiece Unigram with T5's settings, trained and run by sentencepiece itself, and its file."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "builtin type .* has no __module__ attribute", DeprecationWarning)
+        import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(TEXT * 3),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=90,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        character_coverage=0.98,
+        minloglevel=2,
+    )
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()), charsmap_of(model.getvalue())
+
+
+def charsmap_of(proto: bytes) -> bytes:
+    """ModelProto.normalizer_spec (field 3) .precompiled_charsmap (field 2), by protobuf's own wire format."""
+
+    def fields(data):
+        at = 0
+
+        def varint():
+            nonlocal at
+            value, shift = 0, 0
+            while True:
+                byte = data[at]
+                at += 1
+                value |= (byte & 127) << shift
+                shift += 7
+                if byte < 128:
+                    return value
+
+        while at < len(data):
+            key = varint()
+            size = {1: 8, 5: 4}.get(key & 7)
+            if key & 7 == 0:
+                varint()
+                continue
+            size = varint() if size is None else size
+            yield key >> 3, data[at : at + size]
+            at += size
+
+    return dict(fields(dict(fields(proto))[3]))[2]
+
+
+def store_unigram(model, charsmap, **changes):
+    pieces = range(model.get_piece_size())
+
+    def store(writer):
+        writer.add_tokenizer_model("t5")
+        # Rows that no piece has, as the converter fills them up.
+        writer.add_token_list([model.id_to_piece(i) for i in pieces] + ["[PAD90]", "[PAD91]"])
+        writer.add_token_scores([model.get_score(i) for i in pieces] + [-10000.0] * 2)
+        kinds = [UNKNOWN if model.is_unknown(i) else CONTROL if model.is_control(i) else NORMAL for i in pieces]
+        writer.add_token_types([*kinds, UNUSED, UNUSED])
+        writer.add_add_space_prefix(True)
+        writer.add_remove_extra_whitespaces(changes.get("remove", True))
+        writer.add_precompiled_charsmap(charsmap)
+
+    return store
+
+
+def test_unigram_equals_sentencepiece(tiny_gguf, tmp_path, unigram_model):
+    model, charsmap = unigram_model
+    tiny_gguf(tokenizer=store_unigram(model, charsmap)).write(tmp_path / "tiny.gguf")
+    rebuilt = open_checkpoint(tmp_path / "tiny.gguf").tokenizer()
+    # Letters in other forms, and a ligature: what the table of characters is for.
+    for text in [*PROBES, "cafe\u0301 \ufb01nd \uff34he", "\u6771\u4eac\u6771 the"]:
+        ids = rebuilt(text, add_special_tokens=False).input_ids
+        assert ids == model.encode(text), text
+    assert rebuilt("the").input_ids == [*model.encode("the"), model.eos_id()]
+    assert rebuilt.decode(rebuilt("The quick  return").input_ids, skip_special_tokens=True) == "The quick return"
+    assert (rebuilt.pad_token_id, rebuilt.eos_token_id, rebuilt.unk_token_id) == (0, 1, 2)
+    tiny_gguf(tokenizer=store_unigram(model, charsmap, remove=False)).write(tmp_path / "tiny.gguf")
+    with pytest.raises(UserError, match=r"remove_extra_whitespaces=false"):
+        open_checkpoint(tmp_path / "tiny.gguf").tokenizer()
 
 
 def test_unknown_kinds_are_refused(tiny_gguf, tmp_path):
