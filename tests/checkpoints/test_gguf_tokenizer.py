@@ -255,6 +255,21 @@ def test_unigram_equals_sentencepiece(tiny_gguf, tmp_path, unigram_model):
         open_checkpoint(tmp_path / "tiny.gguf").tokenizer()
 
 
+def test_rows_without_a_piece_do_not_change_what_unknown_letters_cost(tiny_gguf, tmp_path):
+    pieces = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -1.0, "xyz": -14.0, "w": -13.0, "yzw": -2.0}
+
+    def store(writer):
+        writer.add_tokenizer_model("t5")
+        writer.add_token_list([*pieces, "[PAD7]"])
+        writer.add_token_scores([*pieces.values(), -10000.0])
+        writer.add_token_types([CONTROL, CONTROL, UNKNOWN, *[NORMAL] * 4, UNUSED])
+
+    tiny_gguf(tokenizer=store).write(tmp_path / "tiny.gguf")
+    rebuilt = open_checkpoint(tmp_path / "tiny.gguf").tokenizer()
+    # sentencepiece: what is unknown costs ten more than the dearest piece, 24 + 2 here, where xyz and w cost 27.
+    assert rebuilt("xyzw").input_ids == [3, 2, 6, 1]
+
+
 def test_unknown_kinds_are_refused(tiny_gguf, tmp_path):
     def store(writer):
         writer.add_tokenizer_model("rwkv")
