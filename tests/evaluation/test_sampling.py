@@ -82,8 +82,9 @@ def test_tokens_are_drawn_as_often_as_the_softmax_says(sampling):
     p /= p.sum()
     counts = np.bincount(tokens, minlength=VOCAB)
     assert counts[~keep].sum() == 0
-    # Five standard deviations of each count.
-    assert (np.abs(counts - draws * p) <= 5 * np.sqrt(draws * p * (1 - p)) + 1e-9).all()
+    # Bernstein's inequality: one count in 10^5 lies further off at most. Of rare tokens, five standard deviations alone
+    # would be passed once in a thousand counts.
+    assert (np.abs(counts - draws * p) <= 5 * np.sqrt(draws * p * (1 - p)) + 9).all()
 
 
 def test_greedy_takes_the_likeliest_that_is_left_by_the_penalty():
