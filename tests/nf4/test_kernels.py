@@ -123,8 +123,8 @@ def test_error_bounds_of_the_design(in_features, out_features, block_size, doubl
 def test_how_work_is_cut_leaves_no_trace(dtype):
     """More rows and features than one task takes, with ragged ends: each row has the bits that it has on its own."""
     rng = np.random.default_rng(2)
-    w = random_weight(rng, 576, 330)
-    x, dy = activations(rng, (1060, 576), dtype), activations(rng, (1060, 330), dtype)
+    w = random_weight(rng, 1088, 330)  # 17 blocks a row: groups of scales end inside rows
+    x, dy = activations(rng, (1060, 1088), dtype), activations(rng, (1060, 330), dtype)
     whole = both(x, dy, w)
     for begin, end in ((0, 1), (509, 517), (1020, 1060)):
         for got, alone in zip(whole, both(x[begin:end], dy[begin:end], w), strict=True):
@@ -142,11 +142,12 @@ def test_error_bound_of_a_long_float32_sum():
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("weight_dtype", BOUNDS)
-@pytest.mark.parametrize(("in_features", "block_size"), [(128, 32), (96, 64), (75, 64)])
+@pytest.mark.parametrize(("in_features", "block_size"), [(128, 32), (96, 64), (75, 64), (1088, 64)])
 def test_weights_are_decoded_bit_for_bit(in_features, block_size, weight_dtype, dtype):
     """Rows of the identity pick single weights: every rounding of the scale and of the weight shows."""
     w = random_weight(np.random.default_rng(1), in_features, 91, block_size=block_size, dtype=weight_dtype)
-    y, dx = both(jnp.eye(128, in_features, dtype=dtype), jnp.eye(128, 91, dtype=dtype), w)
+    rows = max(128, in_features)
+    y, dx = both(jnp.eye(rows, in_features, dtype=dtype), jnp.eye(rows, 91, dtype=dtype), w)
     expected = dense(w, dtype).astype(np.float32)
     np.testing.assert_array_equal(np.asarray(y, np.float32)[:in_features], expected)
     np.testing.assert_array_equal(np.asarray(dx, np.float32)[:91], expected.T)

@@ -24,22 +24,37 @@ struct Strip {
   int64_t half_bytes;  // to the next 16 rows or columns
 };
 
-// sums (+)= rows x columns. Tiles 0 to 3 are a block's sums, 4 and 5 rows, 6 and 7 columns. `kRows` and `kColumns`: how
-// many halves of 16 the block has; its sums are kept as tiles [kRows][kColumns].
+// Tiles 0 to 3 are a block's sums, 4 and 5 rows, 6 and 7 columns. `kRows` and `kColumns`: how many halves of 16 the block
+// has; its sums are kept as tiles [kRows][kColumns].
 template <int kRows, int kColumns>
-static void MultiplyBlockTiles(const Strip& rows, const Strip& columns, int64_t steps, bool add, float* sums) {
+static inline void ZeroSums() {
+  ZeroTile<0>();
+  if constexpr (kColumns == 2) ZeroTile<1>();
+  if constexpr (kRows == 2) ZeroTile<2>();
+  if constexpr (kRows == 2 && kColumns == 2) ZeroTile<3>();
+}
+
+template <int kRows, int kColumns>
+static inline void LoadSums(const float* sums) {
+  const float* const second_row = sums + kColumns * kTileSums;
+  LoadTile<0>(sums, kTileRowBytes);
+  if constexpr (kColumns == 2) LoadTile<1>(sums + kTileSums, kTileRowBytes);
+  if constexpr (kRows == 2) LoadTile<2>(second_row, kTileRowBytes);
+  if constexpr (kRows == 2 && kColumns == 2) LoadTile<3>(second_row + kTileSums, kTileRowBytes);
+}
+
+template <int kRows, int kColumns>
+static inline void StoreSums(float* sums) {
   float* const second_row = sums + kColumns * kTileSums;
-  if (add) {
-    LoadTile<0>(sums, kTileRowBytes);
-    if constexpr (kColumns == 2) LoadTile<1>(sums + kTileSums, kTileRowBytes);
-    if constexpr (kRows == 2) LoadTile<2>(second_row, kTileRowBytes);
-    if constexpr (kRows == 2 && kColumns == 2) LoadTile<3>(second_row + kTileSums, kTileRowBytes);
-  } else {
-    ZeroTile<0>();
-    if constexpr (kColumns == 2) ZeroTile<1>();
-    if constexpr (kRows == 2) ZeroTile<2>();
-    if constexpr (kRows == 2 && kColumns == 2) ZeroTile<3>();
-  }
+  StoreTile<0>(sums, kTileRowBytes);
+  if constexpr (kColumns == 2) StoreTile<1>(sums + kTileSums, kTileRowBytes);
+  if constexpr (kRows == 2) StoreTile<2>(second_row, kTileRowBytes);
+  if constexpr (kRows == 2 && kColumns == 2) StoreTile<3>(second_row + kTileSums, kTileRowBytes);
+}
+
+// The sums in the tiles += rows x columns.
+template <int kRows, int kColumns>
+static inline void AddToSums(const Strip& rows, const Strip& columns, int64_t steps) {
   const uint8_t* row_tiles = rows.tiles;
   const uint8_t* column_tiles = columns.tiles;
   for (int64_t step = 0; step < steps; ++step) {
@@ -58,10 +73,18 @@ static void MultiplyBlockTiles(const Strip& rows, const Strip& columns, int64_t 
     row_tiles += rows.step_bytes;
     column_tiles += columns.step_bytes;
   }
-  StoreTile<0>(sums, kTileRowBytes);
-  if constexpr (kColumns == 2) StoreTile<1>(sums + kTileSums, kTileRowBytes);
-  if constexpr (kRows == 2) StoreTile<2>(second_row, kTileRowBytes);
-  if constexpr (kRows == 2 && kColumns == 2) StoreTile<3>(second_row + kTileSums, kTileRowBytes);
+}
+
+// sums (+)= rows x columns.
+template <int kRows, int kColumns>
+static void MultiplyBlockTiles(const Strip& rows, const Strip& columns, int64_t steps, bool add, float* sums) {
+  if (add) {
+    LoadSums<kRows, kColumns>(sums);
+  } else {
+    ZeroSums<kRows, kColumns>();
+  }
+  AddToSums<kRows, kColumns>(rows, columns, steps);
+  StoreSums<kRows, kColumns>(sums);
 }
 
 static TileConfig FullTiles() {

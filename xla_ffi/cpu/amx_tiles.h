@@ -19,25 +19,10 @@
 #include "weights.h"
 
 #include "amx_blocks.h"
-#include "avx512_runs.h"
+#include "amx_decode.h"
 #include "avx512_transpose.h"
 
 namespace qlora_jax::QLORA_JAX_ISA {
-
-// Between rows of decoded weights: without it rows that are a power of two apart would share few lines of a cache.
-constexpr int64_t kRowPadding = 64;
-
-// How much a task computes at most, and how many elements of the reduction it decodes at once. What is used again stays
-// in a cache: the weights of one block (16 KiB) in the first level; the sums of a task (512 KiB) and its chunk of x
-// (256 KiB) in the second. Reading is fast along rows of the stored matrix, where outputs of the gradient lie, so for it
-// all outputs of a task are decoded at once.
-constexpr int64_t kMaxTaskRows = 512;  // of x
-constexpr int64_t kMaxTaskOutputs = 256;
-constexpr int64_t kChunk = 256;
-
-static inline int64_t DecodedOutputs(const Problem& problem) {
-  return problem.input_gradient ? kMaxTaskOutputs : kBlockSide;
-}
 
 // The part of the result that a task computes.
 struct TaskRegion {
@@ -45,30 +30,32 @@ struct TaskRegion {
   int64_t output, outputs;
 };
 
-// At most 32 values; zeros where there are fewer.
-static inline __m512i LoadUpTo(const uint16_t* values, int64_t count) {
-  const __mmask32 valid = static_cast<__mmask32>((uint64_t{1} << Smaller(kBlockSide, count)) - 1);
-  return _mm512_maskz_loadu_epi16(valid, values);
-}
-
 // Packed activations: tiles [chunk][16 rows][step], zeros past the last row and the last element. What a task reads of
 // a chunk lies together. Elements of u follow those of x, in chunks of their own.
 static inline int64_t RowTiles(const Problem& problem) { return CeilDivide(problem.rows, kTileSide); }
 
+// Forward, a lone tile has no more columns than there are rows.
+static inline int64_t PackedRowBytes(const Problem& problem) {
+  return problem.input_gradient ? kTileRowBytes : Smaller(problem.rows * 4, kTileRowBytes);
+}
+
 static inline Strip PackedStrip(const Problem& problem, const uint8_t* packed, int64_t row, int64_t element,
                                 int64_t steps) {
+  const int64_t row_bytes = PackedRowBytes(problem), tile_bytes = kTileSide * row_bytes;
   const int64_t tile = element / kBlockSide * RowTiles(problem) + row / kTileSide * steps;
-  return {packed + tile * kTileBytes, kTileRowBytes, kTileBytes, steps * kTileBytes};
+  return {packed + tile * tile_bytes, row_bytes, tile_bytes, steps * tile_bytes};
 }
 
 // Packs 16 rows of a matrix of `columns`, whose first element is `begin` of what is summed over.
 template <bool kPairs, bool kRunOrder>
 static void PackMatrix(const Problem& problem, const void* matrix, int64_t columns, int64_t begin, int64_t first_row,
                        uint8_t* packed) {
+  const int64_t row_bytes = PackedRowBytes(problem);
+  const __mmask16 columns_mask = static_cast<__mmask16>((1u << row_bytes / 4) - 1);
   for (int64_t chunk = 0; chunk < columns; chunk += kChunk) {
     const int64_t steps = CeilDivide(Smaller(kChunk, columns - chunk), kBlockSide);
     uint8_t* target = const_cast<uint8_t*>(PackedStrip(problem, packed, first_row, begin + chunk, steps).tiles);
-    for (int64_t step = 0; step < steps; ++step, target += kTileBytes) {
+    for (int64_t step = 0; step < steps; ++step) {
       const int64_t element = chunk + step * kBlockSide;
       __m512i rows[kTileSide];
       for (int i = 0; i < kTileSide; ++i) {
@@ -77,7 +64,7 @@ static void PackMatrix(const Problem& problem, const void* matrix, int64_t colum
         if (kRunOrder) rows[i] = InRunOrder(rows[i]);
       }
       if (kPairs) Transpose(rows);
-      for (int i = 0; i < kTileSide; ++i) _mm512_store_si512(target + i * kTileRowBytes, rows[i]);
+      for (int i = 0; i < kTileSide; ++i, target += row_bytes) _mm512_mask_storeu_epi32(target, columns_mask, rows[i]);
     }
   }
 }
@@ -91,94 +78,6 @@ static void PackRowTile(const Problem& problem, int64_t row_tile, void* packed) 
   } else {
     PackMatrix<true, true>(problem, problem.x, problem.reduction, 0, row, tiles);
     PackMatrix<true, false>(problem, problem.u, problem.rank, after_x, row, tiles);
-  }
-}
-
-// Decoded weights lie in tiles' order: forward [output][element], for dx [pair of elements][output][2], in rows
-// `row_bytes` apart; zeros past the last output or element.
-struct Decoded {
-  uint8_t* tiles;
-  int64_t row_bytes;
-};
-
-static inline void PrefetchRow(const Nf4Weight& w, int64_t out, int64_t in, int64_t count) {
-  if (out >= w.out_features || in >= w.in_features) return;
-  const uint8_t* bytes = w.packed + (out * w.in_features + in) / 2;
-  const int64_t size = Smaller(count, w.in_features - in) / 2;
-  for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(bytes + i);
-}
-
-// The part of a weight that is decoded at once, and the part that comes next: lines of a part lie too far apart for the
-// hardware to guess the next ones.
-struct Part {
-  int64_t output, outputs;
-  int64_t element, elements;
-  int64_t next_output, next_element;
-};
-
-template <Dtype kWeight>
-static void DecodeForward(const Nf4Weight& w, const Part& part, const Decoded& decoded) {
-  const Table codes = LoadTable(kNf4Code.value);
-  uint8_t* row = decoded.tiles;
-  for (int64_t i = 0; i < part.outputs; ++i, row += decoded.row_bytes) {
-    PrefetchRow(w, part.next_output + i, part.next_element, part.elements);
-    DecodeRow<kWeight>(w, codes, part.output + i, part.element, part.elements, [row](int64_t run, __m512i weights) {
-      _mm512_store_si512(row + run * kTileRowBytes, weights);
-    });
-  }
-  for (int64_t i = part.outputs; i < RoundUpToBlock(part.outputs); ++i, row += decoded.row_bytes) {
-    for (int64_t j = 0; j < part.elements; j += kRun) _mm512_store_si512(row + j * 2, _mm512_setzero_si512());
-  }
-}
-
-template <Dtype kWeight>
-static void DecodeInputGradient(const Nf4Weight& w, const Part& part, const Decoded& decoded) {
-  const Table codes = LoadTable(kNf4Code.value);
-  uint8_t* target = decoded.tiles;
-  for (int64_t i = 0; i < RoundUpToBlock(part.elements); i += 2, target += decoded.row_bytes) {
-    __m512i row[2][kMaxTaskOutputs / kRun];
-    for (int j = 0; j < 2; ++j) {
-      PrefetchRow(w, part.next_element + i + j, part.next_output, part.outputs);
-      if (i + j < part.elements) {
-        DecodeRow<kWeight>(w, codes, part.element + i + j, part.output, part.outputs,
-                           [&](int64_t run, __m512i weights) { row[j][run] = weights; });
-      } else {
-        for (__m512i& run : row[j]) run = _mm512_setzero_si512();
-      }
-    }
-    for (int64_t run = 0; run < part.outputs / kRun; ++run) {
-      // 128 bits q of a run hold weights q, 4 + q, 8 + q and so on: the lower tile takes 0 to 15, the upper 16 to 31.
-      uint8_t* pairs = target + run * 2 * kTileRowBytes;
-      _mm512_store_si512(pairs, _mm512_unpacklo_epi16(row[0][run], row[1][run]));
-      _mm512_store_si512(pairs + kTileRowBytes, _mm512_unpackhi_epi16(row[0][run], row[1][run]));
-    }
-  }
-}
-
-// v in the place of decoded weights, for elements of the rank.
-static void FillForward(const Problem& problem, const Part& part, const Decoded& decoded) {
-  uint8_t* row = decoded.tiles;
-  for (int64_t i = 0; i < RoundUpToBlock(part.outputs); ++i, row += decoded.row_bytes) {
-    const uint16_t* v = static_cast<const uint16_t*>(problem.v) + (part.output + i) * problem.rank + part.element;
-    for (int64_t j = 0; j < part.elements; j += kBlockSide) {
-      _mm512_store_si512(row + j * 2, i < part.outputs ? LoadUpTo(v + j, part.elements - j) : _mm512_setzero_si512());
-    }
-  }
-}
-
-static void FillInputGradient(const Problem& problem, const Part& part, const Decoded& decoded) {
-  for (int64_t element = 0; element < part.elements; element += kBlockSide) {
-    uint8_t* tile = decoded.tiles + element / 2 * decoded.row_bytes;
-    for (int64_t column = 0; column < part.outputs; column += kTileSide, tile += kTileRowBytes) {
-      __m512i columns[kTileSide];
-      for (int i = 0; i < kTileSide; ++i) {  // in the order of decoded columns
-        const int64_t output = part.output + column + i % 4 * 4 + i / 4;
-        const uint16_t* v = static_cast<const uint16_t*>(problem.v) + output * problem.rank + part.element + element;
-        columns[i] = LoadUpTo(v, part.elements - element);
-      }
-      Transpose(columns);
-      for (int i = 0; i < kTileSide; ++i) _mm512_store_si512(tile + i * decoded.row_bytes, columns[i]);
-    }
   }
 }
 
@@ -250,24 +149,62 @@ struct Tiles {
     const int64_t row_blocks = CeilDivide(problem.rows, kBlockSide);
     const int64_t output_blocks = CeilDivide(problem.outputs, kBlockSide);
     const int64_t row_parts = CeilDivide(problem.rows, kMaxTaskRows);
-    // Four tasks a thread balance the load; with few rows tasks are short, and more of them end closer together.
-    const int64_t output_parts = CeilDivide((row_blocks == 1 ? 32 : 4) * threads, row_parts);
+    const int64_t output_parts = CeilDivide(4 * threads, row_parts);  // four tasks a thread balance the load
     Plan plan;
-    const int64_t steps = CeilDivide(problem.reduction, kBlockSide) + CeilDivide(problem.rank, kBlockSide);
-    plan.packed_bytes = RowTiles(problem) * steps * kTileBytes;
+    plan.packed_bytes = RowTiles(problem) * SummedElements(problem) / kBlockSide * kTileSide * PackedRowBytes(problem);
     plan.pack_tasks = RowTiles(problem);
     plan.tile_rows = CeilDivide(row_blocks, row_parts) * kBlockSide;
     plan.tile_outputs = Smaller(CeilDivide(output_blocks, output_parts) * kBlockSide, kMaxTaskOutputs);
+    // Forward, the sums of few rows stay in tiles over the whole reduction. Short tasks end closer together, too.
+    if (!problem.input_gradient && row_blocks == 1) plan.tile_outputs = kBlockSide;
     plan.tasks = CeilDivide(problem.rows, plan.tile_rows) * CeilDivide(problem.outputs, plan.tile_outputs);
-    plan.workspace_bytes = DecodedBytes(problem) + plan.tile_outputs * plan.tile_rows * int64_t{sizeof(float)};
+    plan.workspace_bytes = DecodedBytes(problem) +
+                           (kScaledRows * kTaskScales + plan.tile_outputs * plan.tile_rows) * int64_t{sizeof(float)};
     return plan;
+  }
+
+  // Where a block's sums lie between parts: in memory, or, where a task has one block, in the tiles.
+  struct SumsOfPart {
+    bool first, last;
+    bool stay;
+  };
+
+  // Inlined by force: with few rows a block is a small part of the work of decoding it.
+  template <int kRows, int kColumns>
+  __attribute__((always_inline)) static inline void MultiplyBlock(const Strip& rows, const Strip& columns, int64_t steps, const SumsOfPart& kept,
+                            float* sums) {
+    if (kept.first) {
+      ZeroSums<kRows, kColumns>();
+    } else if (!kept.stay) {
+      LoadSums<kRows, kColumns>(sums);
+    }
+    AddToSums<kRows, kColumns>(rows, columns, steps);
+    if (kept.last || !kept.stay) StoreSums<kRows, kColumns>(sums);
+  }
+
+  static bool IsOneBlock(const TaskRegion& task) { return task.rows <= kBlockSide && task.outputs <= kBlockSide; }
+
+  // Elements of x and then of u, both filled up to whole steps.
+  static int64_t SummedElements(const Problem& problem) {
+    return RoundUpToBlock(problem.reduction) + RoundUpToBlock(problem.rank);
+  }
+
+  static TileConfig TilesOf(const Problem& problem) {
+    TileConfig config = FullTiles();
+    if (!problem.input_gradient) {
+      for (int tile = 0; tile < 8; ++tile) {
+        const bool rows = tile == 4 || tile == 5;
+        if (!rows) config.row_bytes[tile] = static_cast<uint16_t>(PackedRowBytes(problem));
+      }
+    }
+    return config;
   }
 
   // sums (+)= a decoded part times all rows of the task; `element` is the part's first of what is summed over.
   static void MultiplyPart(const Problem& problem, const TaskRegion& task, const Part& part, int64_t element,
                            const uint8_t* packed, const Decoded& decoded, float* block) {
     const int64_t steps = CeilDivide(part.elements, kBlockSide);
-    const bool add = element > 0;
+    const SumsOfPart kept{element == 0, element + steps * kBlockSide == SummedElements(problem), IsOneBlock(task)};
     for (int64_t output = 0; output < part.outputs; output += kBlockSide) {
       for (int64_t row = 0; row < task.rows; row += kBlockSide, block += BlockSums(task)) {
         const Strip x = PackedStrip(problem, packed, task.row + row, element, steps);
@@ -275,18 +212,44 @@ struct Tiles {
         const int64_t tile_bytes = kTileSide * decoded.row_bytes;
         if (problem.input_gradient) {
           const Strip w{decoded.tiles + output * 4, decoded.row_bytes, tile_bytes, kTileRowBytes};
-          (whole ? MultiplyBlockTiles<2, 2> : MultiplyBlockTiles<1, 2>)(x, w, steps, add, block);
+          whole ? MultiplyBlock<2, 2>(x, w, steps, kept, block) : MultiplyBlock<1, 2>(x, w, steps, kept, block);
         } else {
           const Strip w{decoded.tiles + output * decoded.row_bytes, decoded.row_bytes, kTileRowBytes, tile_bytes};
-          (whole ? MultiplyBlockTiles<2, 2> : MultiplyBlockTiles<2, 1>)(w, x, steps, add, block);
+          whole ? MultiplyBlock<2, 2>(w, x, steps, kept, block) : MultiplyBlock<2, 1>(w, x, steps, kept, block);
         }
       }
     }
   }
 
+  // Scales of a part, which are decoded where it is the first of those that share them: forward a task's parts of
+  // kScaleSpan elements, for dx none.
+  static Scales PartScales(const Problem& problem, const TaskRegion& task, const Part& part, float* scales) {
+    const Nf4Weight& w = problem.weight;
+    if (problem.input_gradient) {
+      const Rectangle rows{part.element, part.elements, part.output, part.outputs};
+      if (!HasWholeTables(w, rows)) return {nullptr};
+      DecodeScales(w, rows, kTaskScales, scales);
+      return {scales};
+    }
+    const int64_t offset = part.element % kScaleSpan, first = part.element - offset;
+    const Rectangle span{task.output, task.outputs, first, Smaller(kScaleSpan, problem.reduction - first)};
+    if (!HasWholeTables(w, span)) return {nullptr};
+    if (offset == 0 && part.output == task.output) DecodeScales(w, span, kTaskScales, scales);
+    return {scales + (part.output - task.output) * kTaskScales + offset / kTableColumns};
+  }
+
+  template <Dtype kWeight>
+  static void DecodePart(const Problem& problem, const Part& part, const Scales& scales, const Decoded& decoded) {
+    if (problem.input_gradient) {
+      DecodeInputGradient<kWeight>(problem.weight, part, scales, decoded);
+    } else {
+      DecodeForward<kWeight>(problem.weight, part, scales, decoded);
+    }
+  }
+
   template <Dtype kWeight>
   static void MultiplyTask(const Problem& problem, const TaskRegion& task, const uint8_t* packed,
-                           const Decoded& decoded, float* sums) {
+                           const Decoded& decoded, float* scales, float* sums) {
     const int64_t decoded_outputs = DecodedOutputs(problem);
     const int64_t end = task.output + task.outputs, after_x = RoundUpToBlock(problem.reduction);
     const int64_t block_row = CeilDivide(task.rows, kBlockSide) * BlockSums(task);
@@ -299,11 +262,12 @@ struct Tiles {
           const int64_t next = output + decoded_outputs;
           const Part part{output, Smaller(decoded_outputs, end - output), element, elements,
                           next < end ? next : task.output, next < end ? element : element + elements};
-          if (problem.input_gradient) {
-            adapter ? FillInputGradient(problem, part, decoded)
-                    : DecodeInputGradient<kWeight>(problem.weight, part, decoded);
+          if (!adapter) {
+            DecodePart<kWeight>(problem, part, PartScales(problem, task, part, scales), decoded);
+          } else if (problem.input_gradient) {
+            FillInputGradient(problem, part, decoded);
           } else {
-            adapter ? FillForward(problem, part, decoded) : DecodeForward<kWeight>(problem.weight, part, decoded);
+            FillForward(problem, part, decoded);
           }
           MultiplyPart(problem, task, part, (adapter ? after_x : 0) + element, packed, decoded,
                        sums + (output - task.output) / kBlockSide * block_row);
@@ -320,20 +284,21 @@ struct Tiles {
     task.output = index / row_tasks * plan.tile_outputs;
     task.outputs = Smaller(plan.tile_outputs, problem.outputs - task.output);
     const Decoded decoded{static_cast<uint8_t*>(workspace), RowBytes(problem)};
-    float* sums = reinterpret_cast<float*>(decoded.tiles + DecodedBytes(problem));
+    float* scales = reinterpret_cast<float*>(decoded.tiles + DecodedBytes(problem));
+    float* sums = scales + kScaledRows * kTaskScales;
     const uint8_t* x = static_cast<const uint8_t*>(packed);
 
     // The thread is XLA's: its tiles are in use for this task alone.
-    LoadTileConfig(FullTiles());
+    LoadTileConfig(TilesOf(problem));
     switch (problem.weight_dtype) {
       case Dtype::kFloat32:
-        MultiplyTask<Dtype::kFloat32>(problem, task, x, decoded, sums);
+        MultiplyTask<Dtype::kFloat32>(problem, task, x, decoded, scales, sums);
         break;
       case Dtype::kBfloat16:
-        MultiplyTask<Dtype::kBfloat16>(problem, task, x, decoded, sums);
+        MultiplyTask<Dtype::kBfloat16>(problem, task, x, decoded, scales, sums);
         break;
       case Dtype::kFloat16:
-        MultiplyTask<Dtype::kFloat16>(problem, task, x, decoded, sums);
+        MultiplyTask<Dtype::kFloat16>(problem, task, x, decoded, scales, sums);
         break;
     }
     ReleaseTiles();

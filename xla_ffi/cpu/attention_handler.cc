@@ -68,9 +68,6 @@ ffi::ErrorOr<AttentionProblem> Decode(const Operands& o, float scale) {
   return p;
 }
 
-// Bytes of one worker, a whole number of lines.
-int64_t Stride(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
 void RunForward(ffi::ThreadPool& pool, const AttentionProblem& p) {
   const AttentionKernels& kernels = *BestInstructionSet().attention;
   const int64_t threads = std::max<int64_t>(1, pool.num_threads()), kv_heads = p.batch * p.kv_heads;
@@ -78,13 +75,12 @@ void RunForward(ffi::ThreadPool& pool, const AttentionProblem& p) {
   const int64_t steps = (p.seq + kernels.query_step - 1) / kernels.query_step;
   const int64_t parts = std::clamp<int64_t>((2 * threads + kv_heads - 1) / kv_heads, 1, steps);
   const int64_t tasks = kv_heads * parts, workers = std::min(threads, tasks);
-  const int64_t stride = Stride(kernels.forward_bytes(p));
-  const Workspace workspace(workers * stride);
+  const Workspace workspace(workers, kernels.forward_bytes(p));
   ForEach(pool, tasks, workers, [&](int64_t task, int64_t worker) {
     const int64_t part = task % parts;
     const int64_t begin = steps * part / parts * kernels.query_step;
     const int64_t end = std::min(steps * (part + 1) / parts * kernels.query_step, p.seq);
-    kernels.forward(p, task / parts, begin, end, workspace.get() + worker * stride);
+    kernels.forward(p, task / parts, begin, end, workspace.of(worker));
   });
 }
 
@@ -92,10 +88,9 @@ void RunBackward(ffi::ThreadPool& pool, const AttentionProblem& p) {
   const AttentionKernels& kernels = *BestInstructionSet().attention;
   const int64_t tasks = p.batch * p.kv_heads;
   const int64_t workers = std::min<int64_t>(std::max<int64_t>(1, pool.num_threads()), tasks);
-  const int64_t stride = Stride(kernels.backward_bytes(p));
-  const Workspace workspace(workers * stride);
+  const Workspace workspace(workers, kernels.backward_bytes(p));
   ForEach(pool, tasks, workers, [&](int64_t task, int64_t worker) {
-    kernels.backward(p, task, workspace.get() + worker * stride);
+    kernels.backward(p, task, workspace.of(worker));
   });
 }
 

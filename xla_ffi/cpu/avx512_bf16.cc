@@ -22,7 +22,7 @@ struct Bfloat16Pairs {
   template <Dtype kActivation>
   static inline void Put(float* panel, int64_t element, int64_t lane, Vector first, Vector second) {
     // Rounds both to bfloat16, `first` in the lower 16 words, and interleaves them.
-    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+    const __m512i halves = Bfloat16Halves(first, second);
     const __m512i order = _mm512_or_si512(
         _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
         _mm512_slli_epi32(_mm512_set_epi32(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16), 16));

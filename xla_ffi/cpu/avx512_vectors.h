@@ -41,6 +41,15 @@ static inline __m256i Bfloat16Halves(Vector value) {
 #endif
 }
 
+// The first in the lower 16 words.
+static inline __m512i Bfloat16Halves(Vector first, Vector second) {
+#ifdef __AVX512BF16__
+  return (__m512i)_mm512_cvtne2ps_pbh(second, first);
+#else
+  return _mm512_inserti64x4(_mm512_castsi256_si512(Bfloat16Halves(first)), Bfloat16Halves(second), 1);
+#endif
+}
+
 static inline __m256i Float16Halves(Vector value) {
   return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }

@@ -50,7 +50,10 @@ std::vector<Candidate> Candidates() {
   const char* cap = std::getenv("QLORA_JAX_ISA");
   candidates.push_back({"amx_model", avx512 && cap != nullptr && cap == std::string("amx_model"), AmxModel});
 #ifdef QLORA_JAX_AMX
-  candidates.push_back({"amx", avx512 && __builtin_cpu_supports("avx512bf16") && MayUseTiles(), Amx});
+  candidates.push_back({"amx",
+                        avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+                            MayUseTiles(),
+                        Amx});
 #endif
 #endif
   return candidates;

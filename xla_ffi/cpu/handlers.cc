@@ -85,10 +85,9 @@ void Multiply(ffi::ThreadPool& pool, const Problem& problem) {
   ForEach(pool, plan.pack_tasks, threads, [&](int64_t task, int64_t) { method.pack(problem, task, packed.get()); });
 
   const int64_t workers = std::min(threads, plan.tasks);
-  const int64_t stride = (plan.workspace_bytes + 63) / 64 * 64;
-  const Workspace workspace(workers * stride);
+  const Workspace workspace(workers, plan.workspace_bytes);
   ForEach(pool, plan.tasks, workers, [&](int64_t task, int64_t worker) {
-    method.multiply(problem, plan, task, packed.get(), workspace.get() + worker * stride);
+    method.multiply(problem, plan, task, packed.get(), workspace.of(worker));
   });
 }
 

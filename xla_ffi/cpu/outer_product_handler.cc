@@ -54,10 +54,9 @@ ffi::Error Implementation(ffi::ThreadPool pool, ffi::AnyBuffer narrow, ffi::AnyB
     kernels->pack(p, packed.get());
     const int64_t tasks = (p.features + kernels->feature_step - 1) / kernels->feature_step;
     const int64_t workers = std::min<int64_t>(std::max<int64_t>(1, pool.num_threads()), tasks);
-    const int64_t stride = (kernels->workspace_bytes(p) + 63) / 64 * 64;
-    const Workspace workspace(workers * stride);
+    const Workspace workspace(workers, kernels->workspace_bytes(p));
     ForEach(pool, tasks, workers, [&](int64_t task, int64_t worker) {
-      kernels->multiply(p, task * kernels->feature_step, packed.get(), workspace.get() + worker * stride);
+      kernels->multiply(p, task * kernels->feature_step, packed.get(), workspace.of(worker));
     });
   } catch (const std::bad_alloc&) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "outer_product: no memory to pack " + Shape(narrow));

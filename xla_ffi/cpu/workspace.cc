@@ -15,7 +15,10 @@ constexpr int64_t kMaxKept = 0;
 constexpr int64_t kMaxKept = int64_t{128} << 20;
 #endif
 constexpr size_t kMaxBlocks = 64;
-constexpr std::align_val_t kAlignment{64};
+constexpr int64_t kLine = 64;
+constexpr std::align_val_t kAlignment{kLine};
+
+int64_t RoundUpToLine(int64_t size) { return (size + kLine - 1) / kLine * kLine; }
 
 struct Block {
   uint8_t* data;
@@ -57,6 +60,10 @@ Workspace::Workspace(int64_t size) : size_(size) {
     }
   }
   data_ = static_cast<uint8_t*>(::operator new[](size, kAlignment));
+}
+
+Workspace::Workspace(int64_t workers, int64_t size) : Workspace(workers * RoundUpToLine(size)) {
+  stride_ = RoundUpToLine(size);
 }
 
 Workspace::~Workspace() {

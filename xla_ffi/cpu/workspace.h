@@ -12,12 +12,16 @@ namespace qlora_jax {
 class Workspace {
  public:
   explicit Workspace(int64_t size);
+  // `size` bytes for each worker, in lines of its own.
+  Workspace(int64_t workers, int64_t size);
   ~Workspace();
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
   uint8_t* get() const { return data_; }
+  uint8_t* of(int64_t worker) const { return data_ + worker * stride_; }
 
  private:
+  int64_t stride_ = 0;
   uint8_t* data_;
   int64_t size_;
 };
