@@ -68,6 +68,9 @@ def decode(w: NF4Tensor, dtype: Any) -> Float[Array, "*layers in out"]:
         blocks = decode_absmax(w.absmax, w.absmax_scale, w.absmax_offset, _scale_groups(w))
         rows = weights.reshape(out_features, -1, w.block_size) * blocks[:, :, None]
         rows = rows.reshape(out_features, row_bytes * 2)
+    if w.dtype == "bfloat16":
+        # Told apart from the cast: within a larger program XLA may drop a cast to 16 bits that is followed by one back.
+        rows = jax.lax.reduce_precision(rows, exponent_bits=8, mantissa_bits=7)
     return rows.astype(w.dtype).astype(dtype).T
 
 

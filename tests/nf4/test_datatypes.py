@@ -114,6 +114,17 @@ def test_products_and_gradients_are_those_of_the_dense_weight(quant_type, shape)
         np.testing.assert_allclose(dx, np.asarray(y, np.float64) @ dense.T, rtol=1e-4, atol=2e-3)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("quant_type", CODEBOOKS)
+def test_weights_are_rounded_inside_a_larger_program_too(quant_type, dtype):
+    """XLA is free to drop a cast to 16 bits between float32 operations: jax 0.10's CPU compiler does."""
+    w = quantize(normal(256, 128, dtype=dtype), quant_type=quant_type)
+    with use_kernels("xla"):
+        sums = jax.jit(lambda w: dequantize(w).astype(jnp.float32).sum(0))(w)
+    expected = np.asarray(dequantize(w)).astype(np.float64).sum(0)
+    np.testing.assert_allclose(sums, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("quant_type", OTHERS)
 def test_the_layout_changes_no_value(quant_type):
     w = quantize(normal(192, 100), quant_type, layout="fragments")
