@@ -47,7 +47,7 @@ test: $(VENV)/extra-test
 	$(BIN)/pytest -n auto --dist loadfile $(ARGS)
 
 test-interop: $(VENV)/extra-test $(VENV)/extra-interop
-	$(BIN)/pytest -m "interop and not real" $(ARGS)
+	$(BIN)/pytest -n auto --dist loadfile -m "interop and not real" $(ARGS)
 
 test-real: $(VENV)/extra-test $(VENV)/extra-interop
 	$(BIN)/pytest -m real $(ARGS)
