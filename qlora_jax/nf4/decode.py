@@ -33,7 +33,7 @@ def dequantize(w: NF4Tensor, dtype: jax.typing.DTypeLike | None = None) -> Float
     """
     dtype = jnp.dtype(dtype or w.dtype)
     if w.quant_type not in COMPILED_TYPES or not cuda_kernels_loaded() or cuda_kernel() == "xla":
-        return decode(w, dtype)
+        return _decode_compiled(w, dtype)
     return _decode_per_platform(w, dtype)
 
 
@@ -72,6 +72,10 @@ def decode(w: NF4Tensor, dtype: Any) -> Float[Array, "*layers in out"]:
         # Told apart from the cast: within a larger program XLA may drop a cast to 16 bits that is followed by one back.
         rows = jax.lax.reduce_precision(rows, exponent_bits=8, mantissa_bits=7)
     return rows.astype(w.dtype).astype(dtype).T
+
+
+# One program, where one operation after the other would be compiled.
+_decode_compiled = jax.jit(decode, static_argnums=1, inline=True)
 
 
 def as_rows(w: NF4Tensor) -> NF4Tensor:
