@@ -165,6 +165,8 @@ def _product_with(kernels: str, x: Array, w: NF4Tensor, input_gradient: bool) ->
     return _product_xla(x, w, input_gradient)
 
 
+# One program also where it is called eagerly: compiling its operations one by one takes seconds.
+@functools.partial(jax.jit, static_argnums=2, inline=True)
 def _product_xla(x: Array, w: NF4Tensor, input_gradient: bool) -> Array:
     # The barrier keeps XLA from dequantizing every layer of a model before the first product.
     w, x = jax.lax.optimization_barrier((w, x))
