@@ -38,6 +38,7 @@ def test_examples_are_short_enough_to_read():
         assert len(example.read_text().splitlines()) < 120
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tiny_llama, tmp_path, monkeypatch, capfd):
     """Its cells, one after the other, on a tiny model; the first holds the settings."""
     notebook = json.loads((ROOT / "examples" / "qlora_step_by_step.ipynb").read_text())

@@ -414,6 +414,7 @@ def test_a_model_that_cannot_be_fetched_leaves_nothing(work, monkeypatch, capsys
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_says_how_to_go_on_and_going_on_ends_well(work):
     arguments = [*RUN, "train.steps=2000", "eval.every=1000", "checkpoint.every=1000"]
     process = subprocess.Popen(

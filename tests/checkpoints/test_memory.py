@@ -11,6 +11,7 @@ MEASURE = Path(__file__).with_name("measure_import.py")
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from /proc")
+@pytest.mark.slow
 def test_peak_memory_and_an_interrupted_conversion():
     """Of 0.5 GB in six shards, loaded, converted, and converted again after SIGKILL in the middle."""
     done = subprocess.run([sys.executable, MEASURE, "--gigabytes", "0.5"], capture_output=True, text=True, check=False)

@@ -195,6 +195,7 @@ def test_operands_that_do_not_fit_are_refused():
             jax.block_until_ready(call(*wrong))
 
 
+@pytest.mark.slow
 def test_every_instruction_set_gives_the_same():
     """Here too on machines without AMX, where it is the only one that runs this code."""
     run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not every_instruction_set", __file__]

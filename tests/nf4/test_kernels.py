@@ -318,6 +318,7 @@ def start_child(threads: int, isa: str | None = None) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_every_instruction_set_and_every_number_of_threads():
     caps = ("portable", "avx2", "avx512", "avx512_bf16", "amx_model", "amx")
     children = {isa: start_child(2, isa) for isa in caps} | {threads: start_child(threads) for threads in (1, 8)}
