@@ -153,6 +153,7 @@ def test_a_split_takes_work_from_the_busiest_multiprocessor(drawn):
         ("forward", 8, 4096, 64, 8),  # 64 steps for four groups of warps, two each
         ("forward", 1, 576, 192, 1),  # 9 steps
         ("forward", 16, 4096, 1024, 8),
+        ("dx", 4194241, 1, 4194113, 1),  # more tokens than one launch holds
     ],
 )
 def test_splits_of_known_shapes(operation, tokens, in_features, out_features, splits):

@@ -125,6 +125,12 @@ std::string WhyNotFused(const CudaProblem& p) {
   return "";
 }
 
+// Whether one launch holds a product in parts, and another their sums.
+bool CanBeSplit(const CudaProblem& p, int64_t splits) {
+  return p.tokens <= kMaxGridYZ * ShapeOf(p).tokens && !TooLarge(p.tokens * Outputs(p), splits) &&
+         CeilDivide(p.tokens * Outputs(p), kSumsPerBlock) <= kMaxGridX;
+}
+
 Plan PlanProduct(const CudaProblem& p) {
   const std::string why_not = WhyNotFused(p);
   if (!why_not.empty()) return Refuse(why_not, p);
@@ -147,9 +153,7 @@ Plan PlanProduct(const CudaProblem& p) {
                       std::to_string(p.splits), p);
   }
   const bool split = p.splits > 1;
-  if (split && (p.tokens > launch_tokens || TooLarge(p.tokens * outputs, p.splits))) {
-    return Refuse("too large to be split", p);
-  }
+  if (split && !CanBeSplit(p, p.splits)) return Refuse("too large to be split", p);
   if (row_groups > kMaxGridX) return Refuse("more blocks than a CUDA grid holds", p);
 
   const std::string name = std::string(p.route == Route::kTile ? "nf4_tile_" : "nf4_skinny_") +
@@ -176,7 +180,6 @@ Plan PlanProduct(const CudaProblem& p) {
   if (split) {
     const int64_t count = p.tokens * outputs;
     const int64_t blocks = CeilDivide(count, kSumsPerBlock);
-    if (blocks > kMaxGridX) return Refuse("too large to be split", p);
     plan.partials_bytes = p.splits * count * 4;
     plan.launches.push_back({std::string("nf4_sum_splits_") + Name(p.dtype),
                              {static_cast<uint32_t>(blocks), 1, 1},
@@ -206,7 +209,7 @@ int64_t ChooseSplits(const CudaProblem& p, int64_t multiprocessors) {
   int64_t best = 1;
   int64_t best_clocks = 0;
   const int64_t most = std::min<int64_t>(kMaxSplits, steps / (2 * shape.k_groups));
-  for (int64_t splits = 1; splits == 1 || splits <= most; ++splits) {
+  for (int64_t splits = 1; splits == 1 || (splits <= most && CanBeSplit(p, splits)); ++splits) {
     const int64_t turns = CeilDivide(CeilDivide(steps, splits), shape.k_groups);
     const int64_t block_clocks = kBlockClocks + turns * (kStepClocks + kStepClocksPerToken * shape.tokens);
     const int64_t blocks = CeilDivide(tiles * splits, multiprocessors);
