@@ -171,8 +171,8 @@ struct Tiles {
 
   // Inlined by force: with few rows a block is a small part of the work of decoding it.
   template <int kRows, int kColumns>
-  __attribute__((always_inline)) static inline void MultiplyBlock(const Strip& rows, const Strip& columns, int64_t steps, const SumsOfPart& kept,
-                            float* sums) {
+  __attribute__((always_inline)) static inline void MultiplyBlock(const Strip& rows, const Strip& columns,
+                                                                  int64_t steps, const SumsOfPart& kept, float* sums) {
     if (kept.first) {
       ZeroSums<kRows, kColumns>();
     } else if (!kept.stay) {

@@ -27,12 +27,13 @@ static inline void ScaledHalves(Table codes, float first_scale, float second_sca
   tables[1] = {_mm512_shuffle_i64x2(both, both, 0xee)};
 }
 
-// Position p of a decoded run holds weight 4 * (p % 8) + p / 8 of it: the run's 16 bytes are 8 words of 4 codes, and
-// each 128 bits of the result take another code of every word.
+// The 16 bytes of a run, in each 128 bits.
 static inline __m512i RunWords(const uint8_t* bytes) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
 }
 
+// Position p of a decoded run holds weight 4 * (p % 8) + p / 8 of it: the run's 16 bytes are 8 words of 4 codes, and
+// each 128 bits of the result take another code of every word.
 static inline __m512i DecodeRun(HalvesTable table, const uint8_t* bytes) {
   const __m512i shifts =
       _mm512_set_epi64(0x0008000800080008, 0x0008000800080008, 0x000c000c000c000c, 0x000c000c000c000c, 0, 0,
